@@ -1,0 +1,149 @@
+"""The pairwise kernels of the CRF: Gaussians over pixel position, guide channels, or both.
+
+    k(i, j) = exp(-|p_i - p_j|² / (2 theta_position²) - |I_i - I_j|² / (2 theta_guide²))
+
+The spatial (smoothness) kernel has positions only, the bilateral (appearance) kernel positions and the image.
+Source: Krähenbühl and Koltun, arXiv:1210.5644, equation 3; Chen et al., arXiv:1412.7062, equation 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .ops import GaussianFilter, GridFilter
+from .ops.filter import Method
+from .ops.reference import Normalization
+
+Weights = Literal["scalar", "per_class", "full"]
+WEIGHTS: tuple[str, ...] = get_args(Weights)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a user says of one kernel.
+
+    Args:
+        name: how the kernel's parameters are called in the module's state dict.
+        weight: its weight: a number, or a tensor ``(C,)`` or ``(C, C)`` matching the module's form of weights.
+        theta_position: bandwidth in pixels, or None where position plays no part.
+        theta_guide: bandwidth of the guide, in the guide's unit, one number or one for each of its channels; None for a
+            kernel of positions only.
+        guide: which guide: "image", or a name in the ``guides`` given to ``forward``.
+
+    Raises:
+        ValueError: neither bandwidth is given, or one is not positive.
+    """
+
+    name: str
+    weight: float | Tensor
+    theta_position: float | None = None
+    theta_guide: float | Sequence[float] | None = None
+    guide: str = "image"
+
+    def __post_init__(self) -> None:
+        """Check the bandwidths."""
+        if self.theta_position is None and self.theta_guide is None:
+            raise ValueError(f"kernel {self.name!r} needs theta_position, theta_guide or both, got neither")
+        for what in ("theta_position", "theta_guide"):
+            given = getattr(self, what)
+            for theta in given if isinstance(given, Sequence) else [given]:
+                if theta is not None and not (math.isfinite(theta) and theta > 0):
+                    raise ValueError(f"{what} of kernel {self.name!r} must be positive and finite, got {given}")
+
+
+class PairwiseKernel(nn.Module):
+    """One kernel of a :class:`crfnet.DenseCRF`: its bandwidths and weight, learnable or fixed, and its filter.
+
+    Bandwidths, and weights that are scalar or per class, are stored as logarithms, so they stay positive whatever the
+    optimiser does; a ``(C, C)`` weight matrix is stored as it is and may take any sign, as in CRF-RNN.
+    """
+
+    weight: Tensor
+    log_weight: Tensor
+    log_theta_position: Tensor | None
+    log_theta_guide: Tensor | None
+
+    def __init__(
+        self, spec: Kernel, num_classes: int, form: Weights, *, learn_weight: bool, learn_bandwidths: bool
+    ) -> None:
+        super().__init__()
+        self.guide = spec.guide if spec.theta_guide is not None else None
+        self.form = form
+        weight = torch.as_tensor(spec.weight, dtype=torch.float32)
+        shape = {"scalar": (), "per_class": (num_classes,), "full": (num_classes, num_classes)}[form]
+        if weight.ndim == 0:
+            weight = weight * torch.eye(num_classes) if form == "full" else weight.expand(shape).clone()
+        if weight.shape != shape or not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"weight of kernel {spec.name!r} must be a finite number or {shape} for {form!r} weights, "
+                f"got {tuple(weight.shape)}"
+            )
+        if form != "full":
+            if not bool((weight > 0 if learn_weight else weight >= 0).all()):
+                kind = "positive to be learnable" if learn_weight else "0 or more"
+                raise ValueError(f"weight of kernel {spec.name!r} must be {kind}, got {weight.tolist()}")
+            weight = weight.log()
+        store(self, "weight" if form == "full" else "log_weight", weight, learn_weight)
+        for what, theta in (("position", spec.theta_position), ("guide", spec.theta_guide)):
+            value = None if theta is None else torch.as_tensor(theta, dtype=torch.float32).log()
+            store(self, f"log_theta_{what}", value, learn_bandwidths)
+
+    @property
+    def theta_position(self) -> Tensor | None:
+        """Bandwidth in pixels, 0-d; None where position plays no part."""
+        return None if self.log_theta_position is None else self.log_theta_position.exp()
+
+    @property
+    def theta_guide(self) -> Tensor | None:
+        """Bandwidth of the guide, 0-d or one a channel; None for a kernel of positions only."""
+        return None if self.log_theta_guide is None else self.log_theta_guide.exp()
+
+    def weights(self) -> Tensor:
+        """The weight as a scalar, ``(C,)`` or ``(C, C)``."""
+        return self.weight if self.form == "full" else self.log_weight.exp()
+
+    def silent(self) -> bool:
+        """Whether the kernel has weight 0 and no way to change it, so that nobody need filter with it."""
+        stored = self.weight if self.form == "full" else self.log_weight
+        return not isinstance(stored, nn.Parameter) and not bool(self.weights().any())
+
+    def filter(
+        self,
+        shape: Sequence[int],  # of the pixel grid
+        guide: Tensor | None,  # (B, G, *shape), in units of theta_guide
+        mask: Tensor | None,  # (B, N)
+        *,
+        like: Tensor,  # (B, N, C), of the dtype and on the device to filter in
+        engine: Method,
+        normalization: Normalization,
+        remove_self: bool,
+    ) -> Callable[[Tensor], Tensor]:
+        """Build the filter, ``(B, N, C)`` to ``(B, N, C)``, that passes this kernel's messages."""
+        if guide is None:
+            assert self.theta_position is not None
+            return GridFilter(
+                shape, self.theta_position, normalization=normalization, mask=mask, remove_self=remove_self
+            )
+        features = guide.flatten(2).mT.to(like) / cast(Tensor, self.theta_guide).to(like)  # (B, N, G)
+        if self.theta_position is not None:
+            axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
+            positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(axes))  # (1, N, axes)
+            positions = (positions / self.theta_position.to(like)).expand(len(like), -1, -1)
+            features = torch.cat([positions, features], 2)
+        return GaussianFilter(
+            features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self
+        )
+
+
+def store(module: nn.Module, name: str, value: Tensor | None, learn: bool) -> None:
+    """As a parameter where it is learnt, as a buffer (saved and moved all the same) where it is fixed."""
+    if learn and value is not None:
+        module.register_parameter(name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value)

@@ -1,0 +1,73 @@
+"""Unaries for mean field: logits from what people have, probabilities or a label map.
+
+    unary_i(l) = -log p_i(l),    logits = -unary
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logits_from_probabilities(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
+    """log p, with p clipped from below so that a probability of 0 is unlikely instead of impossible.
+
+    Args:
+        probabilities: ``(B, C, *S)`` in 0..1, floating point; they need not sum to 1 exactly.
+        eps: smallest probability, in (0, 1); pydensecrf's ``unary_from_softmax`` clips at 1e-5 too.
+
+    Returns:
+        logits ``(B, C, *S)``, at least float32.
+
+    Raises:
+        TypeError: ``probabilities`` is not a floating-point tensor.
+        ValueError: a probability is NaN, negative or above 1, or ``eps`` is out of range.
+    """
+    if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
+        raise TypeError(f"probabilities must be a floating-point tensor, got {getattr(probabilities, 'dtype', None)}")
+    if not 0.0 < eps < 1.0:
+        raise ValueError(f"eps must lie between 0 and 1, got {eps}")
+    if probabilities.numel():
+        low, high = float(probabilities.min()), float(probabilities.max())
+        if not (low >= 0.0 and high <= 1.001):
+            raise ValueError(f"probabilities must lie in 0..1, got {low:g} to {high:g}; logits go to the CRF as they are")
+    return probabilities.to(torch.promote_types(probabilities.dtype, torch.float32)).clamp(min=eps).log()
+
+
+def logits_from_labels(
+    labels: Tensor, num_classes: int, confidence: float = 0.7, ignore_index: int | None = 255
+) -> Tensor:
+    """Logits of a label map: ``confidence`` for the given label, the rest shared equally by the others.
+
+    Args:
+        labels: ``(B, *S)`` integers in 0..num_classes - 1, or ``ignore_index`` where the label is unknown: such a pixel
+            gets the same logit for every class.
+        num_classes: number of labels ``C``.
+        confidence: probability of the given label, from 1 / C (no information) to below 1.
+        ignore_index: the value of unknown pixels; None where there is none.
+
+    Returns:
+        logits ``(B, C, *S)`` float32, logarithms of probabilities.
+
+    Raises:
+        TypeError: ``labels`` is not an integer tensor.
+        ValueError: a label is out of range, or ``confidence`` or ``num_classes`` is.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if num_classes > 1 and not 1.0 / num_classes <= confidence < 1.0:
+        raise ValueError(f"confidence must lie in [1 / {num_classes}, 1), got {confidence}")
+    unknown = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    known = labels[~unknown]
+    if known.numel() and not (0 <= int(known.min()) and int(known.max()) < num_classes):
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1} or be {ignore_index}, got {int(known.min())} to {int(known.max())}"
+        )
+    sure = torch.tensor(confidence if num_classes > 1 else 1.0)
+    others = (1.0 - sure) / max(1, num_classes - 1)
+    given = labels.long().masked_fill(unknown, 0).unsqueeze(1)
+    logits = torch.full((labels.shape[0], num_classes, *labels.shape[1:]), float(others.clamp(min=1e-30).log()))
+    logits = logits.to(labels.device).scatter_(1, given, float(sure.log()))
+    return logits.masked_fill(unknown.unsqueeze(1), -float(torch.tensor(float(num_classes)).log()))

@@ -1,0 +1,202 @@
+"""The one door to message passing: a Gaussian filter built once for a guide and applied many times.
+
+    out_i = sum_j exp(-|f_i - f_j|² / 2) v_j
+
+for features ``(B, N, D)`` already divided by their bandwidths and values ``(B, N, C)``; any B, N, D and C. Everything
+that holds for every engine lives here: checks, masks, the removal of self-messages, normalisation and autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .exact import ExactEngine
+from .lattice import LatticeEngine
+from .reference import NORMALIZATIONS, SELF_FLOOR, Normalization, normalized
+
+Method = Literal["auto", "exact", "lattice"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+AUTO_EXACT_POINTS = 4096  # up to here "auto" computes all pairs: tens of milliseconds on a CPU, and no error to discuss
+MAX_FEATURE = 1e6  # bandwidths from the origin; beyond, float32 positions are no longer fractions of a bandwidth
+
+
+class Engine(Protocol):
+    """What computes K v for points that are known to be good: packed, finite, without masked ones, detached."""
+
+    def apply(self, values: Tensor, transpose: bool = False) -> Tensor:
+        """K v or K^T v, ``(P, C)`` to ``(P, C)``."""
+
+    def feature_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
+        """``(P, D)``: gradient of ``sum(grad * apply(values))`` with respect to the features."""
+
+    def diagonal(self) -> Tensor:
+        """``(P,)``: K_ii."""
+
+
+class GaussianFilter:
+    """Gaussian filtering over every pair of points, built once for a guide.
+
+    Args:
+        features: ``(B, N, D)``, each column divided by its bandwidth, so that 1 is one standard deviation. float16 and
+            bfloat16 are filtered in float32.
+        method: "exact" sums all pairs that matter, with an error bound; "lattice" approximates them in linear time on
+            the permutohedral lattice; "auto" is exact up to 4096 points and the lattice beyond.
+        normalization: "none", "before" K(v/n), "after" (Kv)/n or "symmetric" n^-1/2 K(n^-1/2 v), with n = K 1.
+        mask: ``(B, N)`` bool, True where a point takes part; the others neither send nor receive and get 0, whatever
+            their features and values, NaN included.
+        tolerance: of the exact engine, the largest fraction of a row's kernel mass that it may leave out.
+        remove_self: leave out j = i, as the equations of the dense CRF do and its implementations do not.
+
+    Attributes:
+        method: the engine in use, "exact" or "lattice".
+
+    Gradients reach the values, exactly transposed, and the features; see ``ops/README.md`` for which gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor of the wanted dtype.
+        ValueError: an argument has the wrong shape, device or range, or an item has no point that takes part.
+
+    Sources: Krähenbühl and Koltun, arXiv:1210.5644, section 3; Adams et al., Eurographics 2010.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        *,
+        method: Method = "auto",
+        normalization: Normalization = "none",
+        mask: Tensor | None = None,
+        tolerance: float = 1e-3,
+        remove_self: bool = False,
+    ) -> None:
+        _check_features(features, mask)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+        if not 0.0 < tolerance < 1.0:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
+        self.shape = tuple(features.shape[:2])
+        self.normalization, self.remove_self = normalization, remove_self
+        B, N, D = features.shape
+        features = features.reshape(B * N, D)
+        self._inside: Tensor | None = None  # rows of (B N) that take part; None for all
+        counts = [N] * B
+        if mask is not None and not bool(mask.all()):
+            self._inside = mask.reshape(-1).nonzero().view(-1)
+            features = features[self._inside]
+            counts = mask.sum(1).tolist()
+        self._features = features.to(torch.promote_types(features.dtype, torch.float32))
+        points = self._features.detach().contiguous()
+        largest = float(points.abs().max())
+        if not largest <= MAX_FEATURE:  # NaN too
+            raise ValueError(
+                f"features must be finite and at most {MAX_FEATURE:g} bandwidths from 0, got {largest:g}; "
+                "is a bandwidth too small, or a pixel NaN that a mask should leave out?"
+            )
+        if method == "auto":
+            method = "exact" if max(counts) <= AUTO_EXACT_POINTS else "lattice"
+        self.method = method
+        self.engine: Engine = (
+            ExactEngine(points, counts, tolerance) if method == "exact" else LatticeEngine(points, counts)
+        )
+        self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
+        self._row_sums: Tensor | None = None  # (P, 1) n = K 1, kept where it carries no gradient
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Filter values ``(B, N, C)`` of any floating dtype; the result has their shape and dtype."""
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"values must be a floating-point tensor, got {_kind(values)}")
+        if values.ndim != 3 or tuple(values.shape[:2]) != self.shape:
+            raise ValueError(f"values must be ({self.shape[0]}, {self.shape[1]}, C), got {tuple(values.shape)}")
+        if values.device != self._features.device:
+            raise ValueError(f"values must be on {self._features.device} like the features, got {values.device}")
+        with torch.autocast(values.device.type, enabled=False):
+            packed = values.reshape(-1, values.shape[2])
+            if self._inside is not None:
+                packed = packed[self._inside]
+            out = normalized(self._apply, packed.to(self._features), self._sums(), self.normalization)
+            if self._inside is not None:
+                out = out.new_zeros(values.shape[:2].numel(), out.shape[1]).index_copy(0, self._inside, out)
+        return out.view(values.shape).to(values.dtype)
+
+    def _apply(self, values: Tensor) -> Tensor:  # (P, C) → (P, C)
+        out: Tensor = _Apply.apply(self._features, values, self.engine)
+        return out if self._diagonal is None else out - self._diagonal * values
+
+    def _sums(self) -> Tensor | None:
+        if self.normalization == "none":
+            return None
+        if self._row_sums is not None:
+            return self._row_sums
+        n = self._apply(self._features.new_ones(len(self._features), 1))
+        if self.remove_self:
+            n = n.clamp(min=SELF_FLOOR)
+        if not n.requires_grad:
+            self._row_sums = n
+        return n
+
+
+def gaussian_filter(
+    features: Tensor,
+    values: Tensor,
+    *,
+    method: Method = "auto",
+    normalization: Normalization = "none",
+    mask: Tensor | None = None,
+    tolerance: float = 1e-3,
+    remove_self: bool = False,
+) -> Tensor:
+    """Filter values ``(B, N, C)`` once with features ``(B, N, D)``; see :class:`GaussianFilter` for the arguments."""
+    build = GaussianFilter(
+        features, method=method, normalization=normalization, mask=mask, tolerance=tolerance, remove_self=remove_self
+    )
+    return build(values)
+
+
+class _Apply(torch.autograd.Function):
+    """values ↦ K values, with gradients to the values (K^T g) and to the features that K was built from."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, values: Tensor, engine: Engine) -> Tensor:
+        ctx.engine = engine
+        values = values.contiguous()
+        ctx.save_for_backward(values if ctx.needs_input_grad[0] else None)
+        return engine.apply(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad = grad.contiguous()
+        with torch.autocast(grad.device.type, enabled=False):
+            by_values = ctx.engine.apply(grad, transpose=True) if ctx.needs_input_grad[1] else None
+            by_features = ctx.engine.feature_gradient(*ctx.saved_tensors, grad) if ctx.needs_input_grad[0] else None
+        return by_features, by_values, None
+
+
+def _check_features(features: Any, mask: Any) -> None:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise TypeError(f"features must be a floating-point tensor, got {_kind(features)}")
+    if features.ndim != 3 or 0 in features.shape:
+        raise ValueError(f"features must be (B, N, D), none of them 0, got {tuple(features.shape)}")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, True where a point takes part, got {_kind(mask)}")
+    if mask.shape != features.shape[:2] or mask.device != features.device:
+        raise ValueError(
+            f"mask must be {tuple(features.shape[:2])} on {features.device} like the features, "
+            f"got {tuple(mask.shape)} on {mask.device}"
+        )
+    if not bool(mask.any(1).all()):
+        empty = int((~mask.any(1)).nonzero()[0])
+        raise ValueError(f"mask must leave at least one point in every item, got none in item {empty}")
+
+
+def _kind(thing: Any) -> str:
+    return f"{thing.dtype}" if isinstance(thing, Tensor) else type(thing).__name__
