@@ -1,19 +1,21 @@
 """The fully connected CRF as a layer: parameters, input checks, and mean-field inference over the engines.
 
-    E(x) = sum_i u_i(x_i) + sum_{i<j} mu(x_i, x_j) sum_k w_k k_k(i, j),    u = -logits
+E(x) = sum_i u_i(x_i) + sum_{i<j} mu(x_i, x_j) sum_k w_k k_k(i, j),    u = -logits
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .inference import infer
 from .inputs import Inputs, among, check_inputs
 from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, store
-from .meanfield import Term, mean_field, mean_field_without_gradients, update
+from .meanfield import Term, mean_field, update
 from .ops.filter import METHODS, Method
 from .ops.reference import NORMALIZATIONS, Normalization
 
@@ -58,6 +60,8 @@ class DenseCRF(nn.Module):
         engine: "exact", "lattice" or "auto", for the kernels that have a guide; see :class:`crfnet.ops.GaussianFilter`.
             The spatial kernel is always exact, one separable pass an axis.
         checkpoint: in training, recompute each iteration in backward instead of storing its messages.
+        label_tolerance: where no gradients are wanted and couplings are Potts or per class, labels whose messages
+            together change no marginal by this much are taken as one. 0 keeps every label for itself.
 
     Shape:
         logits ``(B, C, *S)`` with 1 to 3 axes S, image ``(B, G, *S)`` with any number of channels G, mask ``(B, *S)``
@@ -96,6 +100,7 @@ class DenseCRF(nn.Module):
         image_range: tuple[float, float] | None = (0.0, 255.0),
         engine: Method = "auto",
         checkpoint: bool = False,
+        label_tolerance: float = 1e-2,
     ) -> None:
         super().__init__()
         among("weights", weights, WEIGHTS)
@@ -110,13 +115,15 @@ class DenseCRF(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not 0.0 <= damping < 1.0:
             raise ValueError(f"damping must lie in [0, 1), got {damping}")
+        if not 0.0 <= label_tolerance < 1.0:
+            raise ValueError(f"label_tolerance must lie in [0, 1), got {label_tolerance}")
         if image_range is not None and not (len(image_range) == 2 and image_range[0] < image_range[1]):
             raise ValueError(f"image_range must be (black, white) with black < white, or None, got {image_range}")
         self.num_classes = num_classes
         self.num_iterations, self.num_iterations_eval = int(num_iterations), int(num_iterations_eval)
         self.damping, self.normalization, self.remove_self = damping, normalization, remove_self
         self.image_range, self.engine = image_range, engine
-        self.checkpoint = checkpoint
+        self.checkpoint, self.label_tolerance = checkpoint, label_tolerance
         spatial = Kernel("spatial", spatial_weight, theta_position=theta_gamma)
         bilateral = Kernel("bilateral", bilateral_weight, theta_position=theta_alpha, theta_guide=theta_beta)
         specs = [spatial, bilateral, *kernels]
@@ -150,7 +157,7 @@ class DenseCRF(nn.Module):
 
     @property
     def compatibility(self) -> Tensor:
-        """mu ``(C, C)``: what label a pays for hearing label b."""
+        """Mu ``(C, C)``: what label a pays for hearing label b."""
         if self.compatibility_form == "full":
             return self.compatibility_matrix
         return self._strength() * (1.0 - torch.eye(self.num_classes, device=self._strength().device))
@@ -185,8 +192,9 @@ class DenseCRF(nn.Module):
         count = self.num_iterations if self.training else self.num_iterations_eval
         sources = [inputs.logits, *inputs.guides.values(), *self.parameters()]
         gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
-        if self.normalization == "after" and not gradients:
-            return mean_field_without_gradients(inputs.logits, terms, count, damping=self.damping)
+        if self.normalization == "after" and self.damping == 0.0 and not gradients:
+            row = math.prod(inputs.shape[1:])
+            return infer(inputs.logits, terms, count, row=row, label_tolerance=self.label_tolerance)
         return mean_field(inputs.logits, terms, count, damping=self.damping, recompute=self.checkpoint and gradients)
 
     def _terms(self, inputs: Inputs) -> list[Term]:
@@ -316,6 +324,7 @@ def dense_crf(
     image_range: tuple[float, float] | None = (0.0, 255.0),
     engine: Method = "auto",
     compatibility: Compatibility | Tensor = "potts",
+    label_tolerance: float = 1e-2,
 ) -> Tensor:
     """Mean-field inference without a module, for post-processing: logits in, logits of the marginals out.
 
@@ -326,7 +335,7 @@ def dense_crf(
         num_iterations: mean-field updates.
         mask: ``(B, *S)`` bool, True where a pixel takes part.
         theta_alpha, theta_beta, theta_gamma, spatial_weight, bilateral_weight, normalization, image_range, engine,
-            compatibility: as for :class:`DenseCRF`.
+            compatibility, label_tolerance: as for :class:`DenseCRF`.
 
     Returns:
         ``(B, C, *S)``: ``.softmax(1)`` are the marginals, ``.argmax(1)`` the labels.
@@ -352,6 +361,7 @@ def dense_crf(
         normalization=normalization,
         image_range=image_range,
         engine=engine,
+        label_tolerance=label_tolerance,
     )
     out: Tensor = crf.to(logits.device).eval()(logits, image, mask)
     return out

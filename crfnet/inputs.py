@@ -13,7 +13,7 @@ from torch import Tensor
 class Inputs(NamedTuple):
     """Checked inputs, pixels in one axis."""
 
-    logits: Tensor  # (B, N, C) float32 or float64, 0 where masked
+    logits: Tensor  # (B, N, C) float32 or float64, 0 where masked; not contiguous
     guides: dict[str, Tensor]  # by name, (B, G, *shape), same dtype
     mask: Tensor | None  # (B, N)
     shape: tuple[int, ...]  # of the pixel grid
@@ -44,7 +44,9 @@ def check_inputs(
     if mask is not None:
         _check_mask(mask, logits)
     inside = None if mask is None else mask.unsqueeze(1)
-    if not bool((logits if inside is None else logits.masked_fill(~inside, 0)).isfinite().all()):
+    if inside is not None:
+        logits = logits.masked_fill(~inside, 0)
+    if not _finite(logits):
         raise ValueError(
             "logits must be finite, got NaN or infinity; for the logarithm of probabilities that may be 0 there is "
             "crfnet.logits_from_probabilities"
@@ -56,16 +58,19 @@ def check_inputs(
         guide = guide.to(dtype)
         if inside is not None:
             guide = torch.where(inside, guide, guide.new_zeros(()) if image_range is None else float(image_range[0]))
-        if not bool(guide.isfinite().all()):
+        if not _finite(guide):
             raise ValueError(f"{name} must be finite, got NaN or infinity; a mask leaves pixels without data out")
         if name == "image" and image_range is not None:
             _check_range(image, guide, *image_range)
             guide = (guide - image_range[0]) * (255.0 / (image_range[1] - image_range[0]))
         checked[name] = guide
-    packed = logits.to(dtype) if inside is None else logits.to(dtype).masked_fill(~inside, 0)
-    return Inputs(
-        packed.flatten(2).mT.contiguous(), checked, None if mask is None else mask.flatten(1), tuple(logits.shape[2:])
-    )
+    flat_mask = None if mask is None else mask.flatten(1)
+    return Inputs(logits.to(dtype).flatten(2).mT, checked, flat_mask, tuple(logits.shape[2:]))
+
+
+def _finite(values: Tensor) -> bool:
+    low, high = values.detach().aminmax()  # NaN wherever there is one
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _check_mask(mask: Tensor, logits: Tensor) -> None:

@@ -9,7 +9,7 @@ Source: Krähenbühl and Koltun, arXiv:1210.5644, equation 3; Chen et al., arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -123,7 +123,7 @@ class PairwiseKernel(nn.Module):
         engine: Method,
         normalization: Normalization,
         remove_self: bool,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> GaussianFilter | GridFilter:
         """Build the filter, ``(B, N, C)`` to ``(B, N, C)``, that passes this kernel's messages."""
         if guide is None:
             assert self.theta_position is not None
@@ -136,9 +136,7 @@ class PairwiseKernel(nn.Module):
             positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(axes))  # (1, N, axes)
             positions = (positions / self.theta_position.to(like)).expand(len(like), -1, -1)
             features = torch.cat([positions, features], 2)
-        return GaussianFilter(
-            features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self
-        )
+        return GaussianFilter(features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self)
 
 
 def store(module: nn.Module, name: str, value: Tensor | None, learn: bool) -> None:

@@ -12,22 +12,20 @@ Sources: Krähenbühl and Koltun, arXiv:1210.5644, Algorithm 1; Zheng et al., ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LARGEST_EXPONENT = 60.0  # 2^±60 and any sum of such are far inside float32
-
+from .ops import GaussianFilter, GridFilter
 
 @dataclass(frozen=True)
 class Term:
     """One kernel's part of an update."""
 
-    filter: Callable[[Tensor], Tensor]  # (B, N, C) → (B, N, C)
+    filter: GaussianFilter | GridFilter
     coupling: Tensor  # (C,) strengths: what hearing one's own label is worth; or (C, C): what hearing label b costs a
 
 
@@ -55,31 +53,7 @@ def mean_field(
         new = update(logits, energy.softmax(2), terms)
         return new if damping == 0.0 else torch.lerp(new, energy, damping)
 
-    energy = logits
+    energy = logits = logits.contiguous()
     for _ in range(num_iterations):
         energy = checkpoint(step, energy, use_reentrant=False) if recompute else step(energy)
     return energy
-
-
-def mean_field_without_gradients(
-    logits: Tensor, terms: Sequence[Term], num_iterations: int, *, damping: float = 0.0
-) -> Tensor:
-    """The same updates, faster: powers of two instead of exponentials, and no search for the largest logit.
-
-    With filters that are normalised by the receiver no message exceeds 1, so what the terms add to a logit is bounded
-    by their couplings. Once each pixel's largest unary is 0, no power can overflow nor all of them vanish.
-    """
-    bits = 1.0 / math.log(2.0)
-    bound = bits * sum(float(t.coupling.abs().sum(-1).amax() if t.coupling.ndim == 2 else t.coupling.abs().amax()) for t in terms)
-    if bound > LARGEST_EXPONENT:
-        return mean_field(logits, terms, num_iterations, damping=damping)
-    base = (logits - logits.amax(2, keepdim=True)).mul_(bits)
-    terms = [Term(term.filter, term.coupling * bits) for term in terms]
-    ones = logits.new_ones(logits.shape[2], 1)
-    q, energy = torch.empty_like(base), base
-    for _ in range(num_iterations):
-        torch.exp2(energy, out=q)
-        q.div_(q @ ones)
-        new = update(base, q, terms)
-        energy = new if damping == 0.0 else torch.lerp(new, energy, damping)
-    return energy * (1.0 / bits)

@@ -1,6 +1,6 @@
 """Unaries for mean field: logits from what people have, probabilities or a label map.
 
-    unary_i(l) = -log p_i(l),    logits = -unary
+unary_i(l) = -log p_i(l),    logits = -unary
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def logits_from_probabilities(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
-    """log p, with p clipped from below so that a probability of 0 is unlikely instead of impossible.
+    """Log p, with p clipped from below so that a probability of 0 is unlikely instead of impossible.
 
     Args:
         probabilities: ``(B, C, *S)`` in 0..1, floating point; they need not sum to 1 exactly.
@@ -30,7 +30,9 @@ def logits_from_probabilities(probabilities: Tensor, eps: float = 1e-5) -> Tenso
     if probabilities.numel():
         low, high = float(probabilities.min()), float(probabilities.max())
         if not (low >= 0.0 and high <= 1.001):
-            raise ValueError(f"probabilities must lie in 0..1, got {low:g} to {high:g}; logits go to the CRF as they are")
+            raise ValueError(
+                f"probabilities must lie in 0..1, got {low:g} to {high:g}; logits go to the CRF as they are"
+            )
     return probabilities.to(torch.promote_types(probabilities.dtype, torch.float32)).clamp(min=eps).log()
 
 
@@ -61,10 +63,9 @@ def logits_from_labels(
         raise ValueError(f"confidence must lie in [1 / {num_classes}, 1), got {confidence}")
     unknown = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
     known = labels[~unknown]
-    if known.numel() and not (0 <= int(known.min()) and int(known.max()) < num_classes):
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1} or be {ignore_index}, got {int(known.min())} to {int(known.max())}"
-        )
+    low, high = (int(known.min()), int(known.max())) if known.numel() else (0, 0)
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must lie in 0..{num_classes - 1} or be {ignore_index}, got {low} to {high}")
     sure = torch.tensor(confidence if num_classes > 1 else 1.0)
     others = (1.0 - sure) / max(1, num_classes - 1)
     given = labels.long().masked_fill(unknown, 0).unsqueeze(1)

@@ -1,6 +1,6 @@
 """Message passing: the Gaussian filter over every pair of points, behind one door with several engines.
 
-    out_i = sum_j exp(-|f_i - f_j|² / 2) v_j
+out_i = sum_j exp(-|f_i - f_j|² / 2) v_j
 """
 
 if __name__ != "crfnet.ops":  # an op registered twice would replace the first in silence

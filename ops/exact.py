@@ -70,7 +70,7 @@ class ExactEngine:
     Args:
         features: ``(P, D)`` contiguous, float32 or float64, finite; the points of all items one after the other.
         counts: points of each item; points of different items never interact.
-        tolerance: largest ``error_bound`` allowed, at least 0; 0 skips only what is 0 in float64.
+        tolerance: largest ``error_bound`` allowed, in [0, 1); 0 skips only what is 0 in float64.
         tile: points to a tile.
 
     Attributes:
@@ -155,7 +155,7 @@ class ExactEngine:
         Exponent: D + 6 roundings of terms that add up to (|a| + |b|)²/2 <= (2R + d)²/2 <= 4R² + d² at distance d, so
         K_ij is off by u (D + 6) (4R² + d²) K_ij; the mean of d² under K is below 4 log N + 2, since entries beyond
         d² = 2 log N sum to less than the point's own. Wide tiles take differences first: R = 0. Sum: one rounding per
-        term of a chunk and one per chunk.
+        term of a chunk and one per chunk, in whatever order a matrix product adds.
         """
         u = torch.finfo(self._features.dtype).eps / 2
         R = float(radius[radius <= MAX_RADIUS[self._features.dtype]].max()) if not all(self._wide) else 0.0

@@ -8,6 +8,7 @@ that holds for every engine lives here: checks, masks, the removal of self-messa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .exact import ExactEngine
 from .lattice import LatticeEngine
-from .reference import NORMALIZATIONS, SELF_FLOOR, Normalization, normalized
+from .reference import EPS, NORMALIZATIONS, SELF_FLOOR, Normalization, normalized
 
 Method = Literal["auto", "exact", "lattice"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -108,14 +109,18 @@ class GaussianFilter:
         self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
         self._row_sums: Tensor | None = None  # (P, 1) n = K 1, kept where it carries no gradient
 
+    @property
+    def error_bound(self) -> float | None:
+        """What the exact engine guarantees: |out_i - exact_i| <= error_bound (K 1)_i max|v|, rounding included.
+
+        That is for "none"; None for the lattice, which guarantees nothing.
+        """
+        engine = self.engine
+        return engine.error_bound + engine.rounding_bound if isinstance(engine, ExactEngine) else None
+
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``(B, N, C)`` of any floating dtype; the result has their shape and dtype."""
-        if not isinstance(values, Tensor) or not values.is_floating_point():
-            raise TypeError(f"values must be a floating-point tensor, got {_kind(values)}")
-        if values.ndim != 3 or tuple(values.shape[:2]) != self.shape:
-            raise ValueError(f"values must be ({self.shape[0]}, {self.shape[1]}, C), got {tuple(values.shape)}")
-        if values.device != self._features.device:
-            raise ValueError(f"values must be on {self._features.device} like the features, got {values.device}")
+        self._check_values(values)
         with torch.autocast(values.device.type, enabled=False):
             packed = values.reshape(-1, values.shape[2])
             if self._inside is not None:
@@ -124,6 +129,34 @@ class GaussianFilter:
             if self._inside is not None:
                 out = out.new_zeros(values.shape[:2].numel(), out.shape[1]).index_copy(0, self._inside, out)
         return out.view(values.shape).to(values.dtype)
+
+    def send(self, values: Tensor) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
+        """Filter values ``(B, N, C)`` piece by piece, without gradients, for callers that keep pieces in the cache.
+
+        Returns:
+            a function of start and stop, points of ``(B N)``: what they receive, ``(stop - start, C)``, and their
+            factors ``(stop - start, 1)`` or None.
+        """
+        simple = self._inside is None and not self.remove_self and self.normalization in ("none", "after")
+        if not (simple and isinstance(self.engine, LatticeEngine) and values.dtype == self._features.dtype):
+            out = self(values).flatten(0, 1)
+            return lambda start, stop: (out[start:stop], None)
+        self._check_values(values)
+        engine, sums = self.engine, self._sums()
+        lattice = engine.send(values.flatten(0, 1))
+        factors = None if sums is None else sums.clamp(min=EPS).reciprocal()
+        return lambda start, stop: (
+            engine.receive(lattice, start, stop),
+            None if factors is None else factors[start:stop],
+        )
+
+    def _check_values(self, values: Any) -> None:
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"values must be a floating-point tensor, got {_kind(values)}")
+        if values.ndim != 3 or tuple(values.shape[:2]) != self.shape:
+            raise ValueError(f"values must be ({self.shape[0]}, {self.shape[1]}, C), got {tuple(values.shape)}")
+        if values.device != self._features.device:
+            raise ValueError(f"values must be on {self._features.device} like the features, got {values.device}")
 
     def _apply(self, values: Tensor) -> Tensor:  # (P, C) → (P, C)
         out: Tensor = _Apply.apply(self._features, values, self.engine)

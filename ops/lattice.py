@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .simplex import SPACING, VertexTable, features_gradient, locate
+from .simplex import SPACING, VertexTable, locate
+
+# Splat and slice have variance 1/6 in a lattice whose total of 2/3 SPACING^-2 means sigma = 1; the blur (a, 1, a) adds
+# 2a / (1 + 2a), and a follows.
+_BLUR_VARIANCE = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
+_DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE)
+
+CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features
 
 
 class LatticeEngine:
@@ -37,59 +44,69 @@ class LatticeEngine:
         P, D = features.shape
         device = features.device
         index = torch.int32 if 3 * P * (D + 1) < 2**31 else torch.int64  # the narrowest that reaches every list
-        self.dimension = D
+        self.dimension, self._features = D, features
         weights, self._rank, corner = locate(features)
         table = VertexTable(corner, self._rank, counts, index)
         self.num_vertices = M = len(table.starts)
         # slice: each point's D + 1 vertices
-        self._vertices = torch.empty(P * (D + 1), dtype=index, device=device)
-        self._vertices[table.order] = table.number
+        self._vertices = torch.empty(P * (D + 1), dtype=index, device=device).scatter_(0, table.order, table.number)
         self._slice_weights = weights.view(-1)
         self._slice_offsets = torch.arange(0, P * (D + 1) + 1, D + 1, dtype=index, device=device)
         # splat: each vertex's points; one more bag, empty, makes the row of zeros that missing neighbours point to
-        self._points = torch.div(table.order, D + 1, rounding_mode="floor").to(index)
-        self._splat_weights = self._slice_weights[table.order].mul_(_amplitude(D))
+        self._points = torch.div(table.order.to(index), D + 1, rounding_mode="floor")
+        self._splat_weights = self._slice_weights.index_select(0, table.order).mul_(_amplitude(D))
         self._splat_offsets = torch.cat([table.starts, table.starts.new_full((2,), P * (D + 1))]).to(index)
         # blur: each vertex between its two neighbours, along each axis
-        self._axes = [table.neighbours(axis).to(index) for axis in range(D + 1)]
+        self._axes = [table.neighbours(axis) for axis in range(D + 1)]
         offsets = torch.arange(0, 3 * M + 1, 3, dtype=index, device=device)
         self._blur_offsets = torch.cat([offsets, offsets[-1:]])
-        present = sum(int((axis.view(M, 3)[:, 2] < M).sum()) for axis in self._axes) / (M * (D + 1))
-        self._side = _side_weight(present)
-        self._blur_weights = features.new_tensor([self._side, 1.0, self._side]).repeat(M)
+        self._item = torch.repeat_interleave(torch.tensor(counts, device=device))  # (P,)
+        vertex_item = self._item[self._points[self._splat_offsets[:M].long()].long()]  # (M,)
+        neighbours = torch.stack([axis.view(M, 3)[:, 2] < M for axis in self._axes]).sum(0).to(features.dtype)
+        present = torch.zeros(len(counts), dtype=features.dtype, device=device).index_add_(0, vertex_item, neighbours)
+        present /= (D + 1) * torch.bincount(vertex_item, minlength=len(counts)).clamp(min=1)
+        self._side = _side_weight(present)  # (items,)
+        sides = self._side[vertex_item]  # (M,)
+        self._blur_weights = torch.stack([sides, torch.ones_like(sides), sides], 1).view(-1)
 
     def apply(self, values: Tensor, transpose: bool = False) -> Tensor:
         """``(P, C)`` to ``(P, C)``: K values, or K^T values."""
-        return self._slice(self._blur(self._splat(values), transpose))
+        return self.receive(self.send(values, transpose), 0, len(values))
 
-    def _splat(self, values: Tensor) -> Tensor:  # (P, C) → (M + 1, C), the last row 0; alpha included
-        return _bags(self._points, values, self._splat_offsets, self._splat_weights)
-
-    def _blur(self, lattice: Tensor, transpose: bool) -> Tensor:  # (M + 1, C) → (M + 1, C)
+    def send(self, values: Tensor, transpose: bool = False) -> Tensor:
+        """Splat and blur, ``(P, C)`` to ``(M + 1, C)``: what all points will hear, at the vertices; alpha included."""
+        lattice = _bags(self._points, values, self._splat_offsets, self._splat_weights)  # the last row is 0
         for axis in reversed(self._axes) if transpose else self._axes:
             lattice = _bags(axis, lattice, self._blur_offsets, self._blur_weights)
         return lattice
 
-    def _slice(self, lattice: Tensor) -> Tensor:  # (M + 1, C) → (P, C)
-        return _bags(self._vertices, lattice, self._slice_offsets, self._slice_weights)
+    def receive(self, lattice: Tensor, start: int, stop: int) -> Tensor:
+        """Slice, ``(M + 1, C)`` to ``(stop - start, C)``: what those points hear."""
+        D1 = self.dimension + 1
+        part = slice(start * D1, stop * D1)
+        offsets = self._slice_offsets[: stop - start + 1]
+        return _bags(self._vertices[part], lattice, offsets, self._slice_weights[part])
 
     def feature_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
-        """``(P, D)``: gradient of ``sum(grad * apply(values))`` with respect to the features, of the lattice itself.
+        """``(P, D)``: gradient of ``sum(grad * K values)`` with respect to the features, for the exact kernel.
 
-        Only the barycentric weights depend on the features, linearly inside a simplex: this is the slope of the
-        filtered signal across the simplex. README.md compares it with the exact kernel's gradient.
+        ``dF_i = sum_j K_ij g_i·v_j (f_j - f_i) + sum_j K_ji v_i·g_j (f_j - f_i)``, the exact kernel's gradient with the
+        lattice for K: each sum is a filter of values times features. It agrees better with the exact gradient than
+        the slope of the piecewise linear function that the lattice computes (benchmarks/feature_gradient.py).
         """
-        sent = self._blur(self._splat(values), False)
-        received = self._blur(self._splat(grad), True)
-        by_weight = self._weight_gradient(sent, grad) + self._weight_gradient(received, values)  # (P, D + 1)
-        return features_gradient(by_weight, self._rank)
+        f = self._features - self._features.mean(0)
+        total = torch.zeros_like(f)
+        group = max(1, CHANNELS_AT_ONCE // (self.dimension + 1))
+        for v, g in zip(values.split(group, 1), grad.split(group, 1), strict=True):
+            total += self._pull(f, v, g, False) + self._pull(f, g, v, True)
+        return total
 
-    def _weight_gradient(self, lattice: Tensor, grad: Tensor) -> Tensor:  # (M + 1, C), (P, C) → (P, D + 1)
-        """Gradient of ``sum(grad * slice(lattice))`` with respect to the barycentric weights."""
-        with torch.enable_grad():
-            weights = self._slice_weights.detach().requires_grad_()
-            out = _bags(self._vertices, lattice, self._slice_offsets, weights)
-            return torch.autograd.grad(out, weights, grad)[0].view(-1, self.dimension + 1)
+    def _pull(self, f: Tensor, sent: Tensor, heard: Tensor, transpose: bool) -> Tensor:
+        """``(P, D)``: sum_j K_ij heard_i·sent_j (f_j - f_i), or K_ji."""
+        carried = torch.cat([sent, *(sent * f[:, d, None] for d in range(self.dimension))], 1)
+        arrived = self.apply(carried, transpose).split(sent.shape[1], 1)
+        weight = (heard * arrived[0]).sum(1)
+        return torch.stack([(heard * arrived[d + 1]).sum(1) - weight * f[:, d] for d in range(self.dimension)], 1)
 
     def diagonal(self) -> Tensor:
         """``(P,)``: K_ii of what ``apply`` computes, the weight with which each point hears itself.
@@ -104,7 +121,8 @@ class LatticeEngine:
         for axis in self._axes:
             back, _, on = axis.view(M, 3).long().unbind(1)
             moves.append((torch.cat([back, back.new_tensor([M])]), torch.cat([on, on.new_tensor([M])])))
-        total = torch.zeros_like(weights[:, 0])
+        side = self._side[self._item]
+        total = torch.zeros_like(side)
         for k in range(D1):
             for other in range(D1):
                 low, high = min(k, other), max(k, other)
@@ -116,7 +134,7 @@ class LatticeEngine:
                     at = vertices[:, k]
                     for j in range(D1):
                         at = torch.where(along[j], moves[j][direction][at], at)
-                    returned = (at == vertices[:, other]).to(total) * self._side**length
+                    returned = (at == vertices[:, other]) * side**length
                     total += weights[:, k] * weights[:, other] * returned
         return total * _amplitude(self.dimension)
 
@@ -126,16 +144,12 @@ def _bags(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tens
     return embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
-def _side_weight(present: float) -> float:
-    """Weight a of the blur (a, 1, a), given the fraction of vertices that have a neighbour."""
-    # variance of splat and slice 1/6 and of the blur 2a / (1 + 2a), in a lattice whose total of 2/3 means sigma = 1
-    blur = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
-    dense = 0.5 * blur / (1.0 - blur)
-    return dense + 0.6 * min(max(0.65 - present, 0.0), 0.2)
+def _side_weight(present: Tensor) -> Tensor:
+    """Weight a of the blur (a, 1, a) for each item, given the fraction of its vertices that have a neighbour."""
+    return _DENSE_SIDE + 0.6 * (0.65 - present).clamp(0.0, 0.2)
 
 
 def _amplitude(D: int) -> float:
     """alpha: makes the mass that one point spreads in a complete lattice that of exp(-|f|² / 2), (2 pi)^(D/2)."""
-    side = _side_weight(1.0)
     density = math.sqrt(D + 1) * (2.0 / 3.0 / SPACING**2) ** (0.5 * D)  # vertices per unit of feature space
-    return (2.0 * math.pi) ** (0.5 * D) * density / (1.0 + 2.0 * side) ** (D + 1)
+    return (2.0 * math.pi) ** (0.5 * D) * density / (1.0 + 2.0 * _DENSE_SIDE) ** (D + 1)

@@ -24,7 +24,7 @@ SELF_FLOOR = 1e-3
 
 
 def normalized(
-    apply: Callable[[Tensor], Tensor],  # (B, N, C) → (B, N, C), x ↦ K x
+    apply: Callable[[Tensor], Tensor],  # (B, N, C) → (B, N, C), x ↦ K x, a new tensor
     values: Tensor,  # (B, N, C)
     n: Tensor | None,  # (B, N, 1), the row sums K 1; unused and may be None for "none"
     normalization: str,
@@ -42,11 +42,17 @@ def normalized(
     if normalization == "before":
         return apply(values / n)
     if normalization == "after":
-        return apply(values) / n
+        return _scaled(apply(values), n.reciprocal())
     if normalization == "symmetric":
         s = n.rsqrt()
-        return s * apply(s * values)
+        return _scaled(apply(s * values), s)
     raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+
+
+def _scaled(new: Tensor, factor: Tensor) -> Tensor:
+    """``new * factor``, in place where nobody will differentiate it: ``new`` is nobody else's."""
+    recorded = torch.is_grad_enabled() and (new.requires_grad or factor.requires_grad)
+    return new * factor if recorded else new.mul_(factor)
 
 
 def kernel_matrix(

@@ -9,47 +9,91 @@ moment m gives the gradient to theta, of any order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from .reference import NORMALIZATIONS, SELF_FLOOR, normalized
 
 # Rows of the band matrix multiplied at once. Fewer rows waste less on the corners outside the band, more rows keep the
-# matrix product busy; 16 to 24 were the fastest at 500 x 375 x 21 and theta = 3 (radius 18).
-MIN_BLOCK = 24
+# matrix product busy; 16 to 24 were the fastest at 500 x 375 x 21 and theta = 3.
+BLOCK = 16
 
 
 def _radius(theta: float, moment: int, dtype: torch.dtype) -> int:
-    """Distance beyond which G_m is below half a unit of rounding of its largest entry: such summands are lost."""
-    # exp(-t² / 2) < eps / 2 needs t² > 2 log(2 / eps); the factor t^(2m) costs another 4m in the exponent for t < 9.
-    return math.ceil(theta * math.sqrt(2 * (math.log(2 / torch.finfo(dtype).eps) + 4 * moment)))
+    """Smallest distance beyond which the whole rest of G_m is below one rounding of its sum."""
+    tail = -NormalDist().inv_cdf(0.5 * torch.finfo(dtype).eps)  # 5.3 in float32, 8.1 in float64
+    # the factor t^(2m) costs at most another 4m in the exponent t² / 2, for t < 9
+    return math.ceil(theta * math.sqrt(tail**2 + 8 * moment) - 0.5)
 
 
-def _smooth_first_axis(
-    x: Tensor,  # (B, n, M, C) contiguous
+def _band(rows: Tensor, columns: Tensor, theta: float, moment: int) -> Tensor:
+    """G_m(i - j) for integer positions i, j, float64."""
+    r = (rows - columns).double()
+    return r.square() ** moment * torch.exp(-0.5 * (r / theta).square())
+
+
+def _fast(x: Tensor) -> bool:
+    """Whether passes are convolutions: all that shares a position on the axis, side by side as channels."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _convolve(
+    x: Tensor,  # (before, n, channels) contiguous
+    taps: Tensor,  # (2 radius + 1,)
+    padding: int,
+) -> Tensor:  # (before, n + 2 padding - 2 radius, channels) contiguous
+    before, n, channels = x.shape
+    image = x.view(1, before, n, channels).permute(0, 3, 1, 2)
+    kernel = taps.expand(channels, 1, 1, len(taps))
+    smooth = conv2d(image, kernel, padding=(0, padding), groups=channels)
+    return smooth.permute(0, 2, 3, 1).reshape(before, -1, channels)
+
+
+def _taps(theta: float, moment: int, radius: int) -> Tensor:
+    return _band(torch.arange(-radius, radius + 1), torch.zeros(1), theta, moment).float()
+
+
+def _smooth(
+    x: Tensor,  # (before, n, after, C) contiguous
     theta: float,
     moment: int,
-) -> Tensor:  # (B, M, n, C): the smoothed axis becomes the last one, so that k passes restore the order of k axes
-    B, n, M, C = x.shape
+) -> Tensor:  # the same shape
+    """One pass along the axis of length n."""
+    before, n, after, C = x.shape
     radius = min(_radius(theta, moment, x.dtype), n - 1)
-    block = min(n, max(MIN_BLOCK, radius))
-    # Every block of rows sees the same Toeplitz matrix; row i of it belongs to the pixel at column i + radius.
-    row = torch.arange(block, dtype=torch.float64)[:, None]
-    r = torch.arange(-radius, block + radius, dtype=torch.float64) - row
-    kernel = (r.square() ** moment * torch.exp(-0.5 * (r / theta).square())).to(x)  # (block, block + 2 radius)
-    out = x.new_empty(B, M, n, C)
-    rows = x.new_empty(B, block, M * C)
-    x = x.view(B, n, M * C)
-    for start in range(0, n, block):
-        stop, low, high = min(n, start + block), max(0, start - radius), min(n, start + block + radius)
-        band = kernel[: stop - start, low - start + radius : high - start + radius]
-        part = rows[:, : stop - start]
-        torch.bmm(band.expand(B, -1, -1), x[:, low:high], out=part)
-        out[:, :, start:stop] = part.view(B, -1, M, C).transpose(1, 2)  # while the block is still in the cache
-    return out
+    if _fast(x):
+        smooth = _convolve(x.view(before, n, after * C), _taps(theta, moment, radius), radius)
+        return smooth.view(before, n, after, C)
+    x = x.view(before, n, after * C)
+    out = torch.empty_like(x)
+    toeplitz = _toeplitz(theta, moment, radius, n).to(x)
+    for item in range(before):
+        _multiply_band(toeplitz, x[item], 0, out[item])
+    return out.view(before, n, after, C)
+
+
+def _toeplitz(theta: float, moment: int, radius: int, n: int) -> Tensor:
+    """(block, block + 2 radius) float64: the band matrix, the same for every block of rows, from column i - radius."""
+    block = min(n, BLOCK)
+    return _band(torch.arange(block)[:, None], torch.arange(block + 2 * radius) - radius, theta, moment)
+
+
+def _multiply_band(
+    toeplitz: Tensor,  # (block, block + 2 radius)
+    x: Tensor,  # (n, M)
+    first: int,
+    out: Tensor,  # (rows, M): rows ``first`` and following of the product of the whole band matrix with x
+) -> None:
+    block, radius = len(toeplitz), (toeplitz.shape[1] - len(toeplitz)) // 2
+    for start in range(0, len(out), block):
+        rows, at = min(block, len(out) - start), first + start
+        low, high = max(0, at - radius), min(len(x), at + rows + radius)
+        torch.mm(toeplitz[:rows, low - at + radius : high - at + radius], x[low:high], out=out[start : start + rows])
 
 
 class _Separable(torch.autograd.Function):
@@ -60,8 +104,12 @@ class _Separable(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, theta)
         ctx.shape, ctx.moments = shape, moments
         B, N, C = x.shape
+        before, after = B, N
+        x = x.contiguous()
         for n, width, moment in zip(shape, theta.tolist(), moments, strict=True):
-            x = _smooth_first_axis(x.reshape(B, n, N // n, C).contiguous(), width, moment)
+            after //= n
+            x = _smooth(x.view(before, n, after, C), width, moment)
+            before *= n
         return x.view(B, N, C)
 
     @staticmethod
@@ -162,5 +210,37 @@ class GridFilter:
             smooth: Tensor = _Separable.apply(x, self.theta, self.shape, (0,) * len(self.shape))
             return smooth - x if self.remove_self else smooth
 
-        out = normalized(apply, values, n, self.normalization)
+        with torch.autocast(values.device.type, enabled=False):
+            out = normalized(apply, values, n, self.normalization)
         return out if outside is None else out.masked_fill(outside, 0)
+
+    def send(self, values: Tensor) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
+        """Filter values ``(B, N, C)`` piece by piece, without gradients, for callers that keep pieces in the cache.
+
+        Returns:
+            a function of start and stop, points of ``(B N)`` that fill whole rows of one item: what they receive,
+            ``(stop - start, C)``, and their factors ``(stop - start, 1)`` or None.
+        """
+        B, N, C = values.shape
+        simple = self.mask is None and not self.remove_self and self.normalization in ("none", "after")
+        if not (simple and _fast(values) and values.is_contiguous()):
+            out = self(values).flatten(0, 1)
+            return lambda start, stop: (out[start:stop], None)
+        n, row = self.shape[0], self.N // self.shape[0]
+        rows = values.view(B, n, row * C)
+        widths = self.theta.tolist()
+        toeplitz = _toeplitz(widths[0], 0, min(_radius(widths[0], 0, values.dtype), n - 1), n).to(values)
+        factors = None if self._n is None else self._n.view(N).float().reciprocal()[:, None]
+
+        def receive(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+            item, first, last = start // N, start % N // row, (stop - 1) % N // row + 1
+            x = values.new_empty(last - first, row * C)
+            _multiply_band(toeplitz, rows[item], first, x)
+            before, after = last - first, row
+            for size, width in zip(self.shape[1:], widths[1:], strict=True):
+                after //= size
+                x = _smooth(x.view(before, size, after, C), width, 0)
+                before *= size
+            return x.view(-1, C), None if factors is None else factors[start % N : start % N + stop - start]
+
+        return receive

@@ -1,0 +1,212 @@
+"""The ``crfnet`` command: refine the labels of a picture or of a folder, and examine the installation.
+
+Exit status: 0 done; 1 a file failed or the examination found a fault; 2 wrong usage, nothing was done; 130 interrupted.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from crfnet import __version__, dense_crf
+from crfnet.batch import plan, run
+from crfnet.doctor import describe, examine
+from crfnet.ops import METHODS, NORMALIZATIONS
+from crfnet.refine import Refined, refine_file
+
+_FILE_OPTIONS = ("logits", "num_classes", "confidence", "ignore_label", "max_pixels")
+_CRF_OPTIONS = (
+    "theta_alpha",
+    "theta_beta",
+    "theta_gamma",
+    "spatial_weight",
+    "bilateral_weight",
+    "num_iterations",
+    "normalization",
+    "engine",
+)
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be; nothing has been done."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with ``argv``, by default the process's own arguments; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except UsageError as error:
+        parser.exit(2, f"crfnet {args.command}: error: {error}\n")
+    except KeyboardInterrupt:
+        print("crfnet: interrupted; files already written are whole", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="crfnet", description="Dense conditional random fields.")
+    parser.add_argument("--version", action="version", version=f"crfnet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    refine = commands.add_parser(
+        "refine",
+        help="refine labels or class probabilities along the edges of a picture",
+        description="Refine labels or class probabilities along the edges of a picture. With folders in place of "
+        "files, refine every picture in IMAGE with the probabilities or labels of the same stem.",
+    )
+    refine.set_defaults(run=_refine)
+    _add_files(refine)
+    _add_crf(refine)
+    doctor = commands.add_parser("doctor", help="say what is installed, and check each engine against its definition")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_files(refine: argparse.ArgumentParser) -> None:
+    add = refine.add_argument
+    add("image", metavar="IMAGE", type=Path, help="picture, or folder of pictures")
+    source = refine.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--probs", type=Path, metavar="P.npy", help="class probabilities, floats (L, H, W); or a folder"
+    )
+    source.add_argument("--labels", type=Path, metavar="L.png", help="label map, indexed or grey; or a folder of them")
+    add("-o", "--output", type=Path, required=True, metavar="OUT.png", help="label map to write, indexed; or a folder")
+    add("--panel", type=Path, metavar="V.png", help="picture to write: image, before, after; or a folder")
+    add("--save-probs", type=Path, metavar="Q.npy", help="marginals to write; or a folder")
+    add("--overwrite", action="store_true", help="replace outputs that exist (inputs never are)")
+    add("--workers", type=_whole(1), default=1, metavar="N", help="processes for a folder (%(default)s)")
+    add("--threads", type=_whole(1), metavar="N", help="of each process; default: torch's choice, 1 with workers")
+
+    add, default = refine.add_argument_group("reading the input").add_argument, _defaults(refine_file)
+    add("--logits", action="store_true", help="the values in --probs are logits")
+    add("--num-classes", type=_whole(1, 256), metavar="L", help="choose among 0..L-1; default: the labels that occur")
+    inside = _number(0, 1, open_ends=True)
+    add(
+        "--confidence",
+        type=inside,
+        default=default["confidence"],
+        metavar="P",
+        help="probability of a given label (%(default)s)",
+    )
+    byte, unknown = _whole(0, 255), default["ignore_label"]
+    add("--ignore-label", type=byte, default=unknown, metavar="I", help="label of unknown pixels (%(default)s)")
+    limit = default["max_pixels"]
+    add("--max-pixels", type=_whole(1), default=limit, metavar="N", help="refuse larger pictures (%(default)s)")
+
+
+def _add_crf(refine: argparse.ArgumentParser) -> None:
+    add, default = refine.add_argument_group("the CRF").add_argument, _defaults(dense_crf)
+    width, weight = _number(0, open_ends=True), _number(0)
+    for name, kind, text in (
+        ("theta_alpha", width, "reach of the bilateral kernel, in pixels"),
+        ("theta_beta", width, "its reach in colour, in levels of 0..255"),
+        ("theta_gamma", width, "reach of the spatial kernel, in pixels"),
+        ("spatial_weight", weight, "weight of the spatial kernel"),
+        ("bilateral_weight", weight, "weight of the bilateral kernel"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=kind, default=default[name], metavar="X", help=f"{text} (%(default)s)")
+    times = default["num_iterations"]
+    add(
+        "--iterations",
+        dest="num_iterations",
+        type=_whole(0),
+        default=times,
+        metavar="N",
+        help="mean-field updates (%(default)s)",
+    )
+    add(
+        "--normalization", choices=NORMALIZATIONS, default=default["normalization"], help="of each kernel (%(default)s)"
+    )
+    add("--engine", choices=METHODS, default=default["engine"], help="of the filters (%(default)s)")
+
+
+def _defaults(function: Callable[..., object]) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+def _number(low: float, high: float = math.inf, open_ends: bool = False) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = float(text)
+        inside = low < value < high if open_ends else low <= value <= high
+        if not inside or math.isinf(value):
+            least = "more than" if open_ends else "at least"
+            most = f" and below {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"must be {least} {low:g}{most}, got {text}")
+        return value
+
+    return number
+
+
+def _whole(low: int, high: int = 2**62) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            most = f" and at most {high}" if high < 2**62 else ""
+            raise argparse.ArgumentTypeError(f"must be at least {low}{most}, got {text}")
+        return value
+
+    return whole
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else describe(report))
+    return 0 if report["healthy"] else 1
+
+
+def _refine(args: argparse.Namespace) -> int:
+    if args.logits and args.probs is None:
+        raise UsageError("--logits speaks of --probs, which is not given")
+    places = {name: getattr(args, name) for name in ("output", "panel", "save_probs", "overwrite")}
+    probabilities = args.probs is not None
+    try:
+        jobs = plan(args.image, args.probs if probabilities else args.labels, probabilities=probabilities, **places)
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+    options = {name: getattr(args, name) for name in _FILE_OPTIONS + _CRF_OPTIONS}
+    jobs = [{**job, **options} for job in jobs]
+
+    failed = 0
+    with closing(run(jobs, workers=args.workers, threads=args.threads)) as outcomes, _progress(args, len(jobs)) as show:
+        for job, result, reason in outcomes:
+            failed += result is None
+            show(f"{job['output']}: {_words(result)}" if result else f"crfnet: {reason}", result is None)
+    if args.image.is_dir():
+        print(f"{len(jobs) - failed} of {len(jobs)} pictures refined" + (f", {failed} failed" if failed else ""))
+    return 1 if failed else 0
+
+
+def _words(done: Refined) -> str:
+    labels = "1 label" if done.labels == 1 else f"{done.labels} labels"
+    return f"{done.width} x {done.height}, {labels}, {done.changed:.1%} of pixels changed, {done.seconds:.1f} s"
+
+
+@contextmanager
+def _progress(args: argparse.Namespace, total: int) -> Iterator[Callable[[str, bool], None]]:
+    """How to show an outcome: a line for one picture; for a folder a bar, or without tqdm counted lines, on stderr."""
+    if not args.image.is_dir():
+        yield lambda line, failed: print(line, file=sys.stderr if failed else sys.stdout)
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        count = itertools.count(1)
+        yield lambda line, failed: print(f"[{next(count)}/{total}] {line}", file=sys.stderr)
+        return
+    with tqdm(total=total, unit="picture", file=sys.stderr) as bar:
+
+        def show(line: str, failed: bool) -> None:
+            if failed:
+                bar.write(line, file=sys.stderr)
+            bar.update()
+
+        yield show

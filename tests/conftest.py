@@ -1,0 +1,39 @@
+"""What every test gets: Triton's interpreter without a GPU, one way to round, and real images where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports triton or starts cuBLAS, hence at import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from hypothesis import settings  # noqa: E402
+
+# The same examples on every run, and no deadline: a shared machine is slow at times.
+settings.register_profile("crfnet", derandomize=True, deadline=None)
+settings.load_profile("crfnet")
+
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True  # reading torch.empty gives NaN, not luck
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real images: the variable CRFNET_DATA, or ``../shared/data`` beside the checkout."""
+    repository = Path(__file__).resolve().parents[1]
+    root = Path(os.environ.get("CRFNET_DATA", repository.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"real images are not at {root}; CRFNET_DATA names their folder")
+    return root

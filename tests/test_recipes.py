@@ -1,0 +1,129 @@
+"""The recipes, run whole on a handful of tiny scenes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crfnet import DenseCRF
+from crfnet.data import write_voc
+from crfnet.models import SmallDeepLab
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "voc_deeplab.py"
+TINY = {
+    "held_out": 2, "width": 4, "epochs": 2, "batch_size": 2, "bilateral_weight": (2.0,), "theta_alpha": (50.0,),
+    "theta_beta": (10.0, 20.0), "rounds": 0, "joint_epochs": 1,
+}  # fmt: skip
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("voc_deeplab", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["voc_deeplab"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    write_voc(root, num_train=6, num_val=2, height=32, width=40)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(recipe, scenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    scores = recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(out), **TINY))
+    return out, scores
+
+
+def test_results_hold_three_scores_of_three_stages(run):
+    out, scores = run
+    results = json.loads((out / "results.json").read_text())
+    assert results == scores
+    assert list(results) == ["dcnn", "piecewise", "joint"]
+    for stage in results.values():
+        assert list(stage) == ["mean_iou", "pixel_accuracy", "trimap_iou_3px"]
+        assert all(0 <= score <= 1 for score in stage.values())
+
+
+def test_details_and_panel_are_there_and_nothing_half_written(run):
+    out, _ = run
+    assert {path.name for path in out.iterdir()} == {"results.json", "details.json", "checkpoint.pt", "panel.png"}
+    details = json.loads((out / "details.json").read_text())
+    assert details["config"]["epochs"] == len(details["losses"]) == 2
+    assert details["search"][0]["bilateral_weight"] == 0  # "no CRF" is always tried
+    assert len(details["joint"]) == 2  # the start and one epoch
+    with Image.open(out / "panel.png") as panel:
+        # two rows of image, truth and three stages, 8 pixels apart, 32 pixels magnified 6 times to 192
+        assert panel.size == (6 * (5 * 40 + 4 * 8), 2 * 6 * 32 + 8)
+
+
+def test_checkpoint_gives_the_networks_back(run):
+    out, scores = run
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    dcnn = SmallDeepLab(21, width=4)
+    dcnn.load_state_dict(checkpoint["joint_dcnn"])
+    crf = DenseCRF(21, **checkpoint["joint_crf_settings"])
+    crf.load_state_dict(checkpoint["joint_crf"])
+    image = torch.rand(1, 3, 32, 40) * 255
+    assert crf.eval()(dcnn.eval()(image), image).isfinite().all()
+
+
+def test_the_same_seed_gives_the_same_scores(recipe, scenes, run, tmp_path):
+    again = recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(tmp_path), **TINY))
+    assert again == run[1]
+    states = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (run[0], tmp_path)]
+    for name in ("dcnn", "joint_dcnn", "joint_crf"):
+        assert all(torch.equal(states[0][name][key], states[1][name][key]) for key in states[0][name])
+
+
+def test_pairs_with_another_ignore_index(recipe, tmp_path):
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(5):
+        labels = np.zeros((24, 20 + index), np.uint8)
+        labels[6:16, 4:14], labels[:2] = 1, 2
+        image = np.clip(60 + 100.0 * (labels == 1)[..., None] + rng.normal(0, 9, (*labels.shape, 3)), 0, 255)
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(labels).save(tmp_path / f"{index}_labels.png")
+        lines.append(f"{index}.png {index}_labels.png\n")
+    (tmp_path / "train.txt").write_text("".join(lines[:4]))
+    (tmp_path / "val.txt").write_text(lines[4])
+    settings = {**TINY, "held_out": 1, "out": str(tmp_path / "out"), "root": str(tmp_path), "dataset": "pairs"}
+    scores = recipe.main(recipe.Config(num_classes=2, ignore_index=2, **settings))
+    assert set(scores) == {"dcnn", "piecewise", "joint"}
+    with pytest.raises(ValueError, match=r"_labels\.png holds the labels \[2\]"):
+        recipe.main(recipe.Config(num_classes=2, ignore_index=255, **settings))
+
+
+def test_wrong_settings_say_what_is_wanted(recipe, scenes, tmp_path):
+    with pytest.raises(ValueError, match="--root"):
+        recipe.main(recipe.Config(dataset="voc", out=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"held_out .*1\.\.5, got 6"):
+        recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(tmp_path), held_out=6))
+    with pytest.raises(FileNotFoundError, match="no PASCAL VOC 2012 folder"):
+        recipe.main(recipe.Config(dataset="voc", root=str(tmp_path), out=str(tmp_path)))
+
+
+def test_recipe_imports_without_tyro_and_tqdm():
+    """Neither is among the core dependencies; only the command line's flags need tyro."""
+    code = (
+        "import sys, runpy; sys.modules['tyro'] = sys.modules['tqdm'] = None\n"
+        f"names = runpy.run_path({str(RECIPE)!r}, run_name='recipe')\n"
+        "print(sorted(names['Config']().__dict__)[0], list(names['progress'](range(3), 'x')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "batch_size [0, 1, 2]"
