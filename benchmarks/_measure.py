@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crfnet.images import read_image, read_labels
+from crfnet.ops import reference
 
 DATA = Path(os.environ.get("CRFNET_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def procedural_image(height: int, width: int) -> np.ndarray:  # (H, W, 3) uint8
-    """Regions of different colour with gratings and noise on them, so that colours are neither few nor uniform."""
-    return procedural_scene(height, width)[0]
-
-
 def procedural_scene(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) uint8, (H, W) uint8
-    """The procedural image and its regions as labels 0 to 11."""
+    """Regions of different colour with gratings and noise on them, so that colours are neither few nor uniform.
+
+    The labels are the regions, 0 to 11.
+    """
     random = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width].astype(np.float64)
     centres = random.random((12, 2)) * (height, width)
@@ -49,14 +48,12 @@ def voc_scene(name: str, size: int | None = None) -> tuple[np.ndarray, np.ndarra
     return image, labels
 
 
-def coarse_logits(labels: np.ndarray, classes: int, seed: int = 0, gain: float = 4.0, factor: int = 8) -> Tensor:
-    """``(1, C, H, W)``: labels shrunk ``factor`` times, times ``gain``, plus unit noise, and bilinear up again."""
-    H, W = labels.shape
-    known = torch.from_numpy(np.where(labels < classes, labels, 0).astype(np.int64))
-    one_hot = F.one_hot(known, classes).permute(2, 0, 1)[None].float()
-    small = F.interpolate(one_hot, (max(1, H // factor), max(1, W // factor)), mode="area") * gain
+def coarse_logits(labels: np.ndarray, classes: int, seed: int = 0, gain: float = 4.0) -> Tensor:
+    """``(1, C, H, W)``: every eighth label, times ``gain``, plus unit noise, and bilinear up again."""
+    known = torch.from_numpy(np.where(labels < classes, labels, 0).astype(np.int64))[4::8, 4::8]
+    small = F.one_hot(known, classes).permute(2, 0, 1)[None].float() * gain
     small += torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(small, (H, W), mode="bilinear", align_corners=False)
+    return F.interpolate(small, labels.shape, mode="bilinear", align_corners=False)
 
 
 def image_tensor(image: np.ndarray) -> Tensor:  # (1, 3, H, W) float32
@@ -73,8 +70,6 @@ def bilateral_features(image: np.ndarray, theta_alpha: float, theta_beta: float)
 
 def normalized_rows(features: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """The float64 oracle: rows of (K v) / (K 1) by brute force."""
-    from crfnet.ops import reference
-
     ones = values.new_ones(len(values), 1)
     sums = reference.gaussian_filter_chunked(features.double(), torch.cat([values, ones], 1).double(), rows)
     return sums[:, :-1] / sums[:, -1:]

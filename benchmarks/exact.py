@@ -11,44 +11,26 @@ on --rows random rows.
 
 import argparse
 import json
-import math
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from _measure import (
+    bilateral_features,
+    environment,
+    memory_mib,
+    procedural_scene,
+    relative_error,
+    reset_peak_memory,
+    timed,
+)
 from torch import Tensor
 
+from crfnet.images import read_image
 from crfnet.ops import reference
 from crfnet.ops.exact import LOG2E, ExactEngine
 
 MAX_ERROR = 1e-4  # a run that is less exact than this is not worth timing
-
-
-def procedural_image(height: int, width: int) -> np.ndarray:  # (H, W, 3) uint8
-    """Regions of different colour with gratings and noise on them, so that colours are neither few nor uniform."""
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    centres = random.random((12, 2)) * (height, width)
-    region = ((y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2).argmin(-1)  # (H, W)
-    colour, direction = random.uniform(40, 215, (12, 3)), random.uniform(-0.6, 0.6, (12, 2))
-    grating = np.sin(direction[region, 0] * y + direction[region, 1] * x)[..., None]
-    shade = 30 * (x / width - y / height)[..., None]
-    image = colour[region] + 25 * grating + shade + random.normal(0, 8, (height, width, 3))
-    return image.clip(0, 255).astype(np.uint8)
-
-
-def bilateral_features(image: np.ndarray, theta_alpha: float, theta_beta: float) -> Tensor:  # (N, 5) float32
-    """Pixel positions / theta_alpha and colours / theta_beta."""
-    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
-    features = np.concatenate([np.stack([y, x], -1) / theta_alpha, image / theta_beta], -1)
-    return torch.tensor(features.reshape(-1, 5), dtype=torch.float32)
 
 
 def brute_force(features: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -82,34 +64,6 @@ def brute_force_plain(features: Tensor, values: Tensor, rows: int) -> Tensor:
     )
 
 
-def timed(function: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median, least and greatest seconds of ``repeats`` calls."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|, Frobenius norms."""
-    return float((got.double() - wanted).norm() / wanted.norm())
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far (Linux; elsewhere the peak is that of the whole process)."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory_mib(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MiB; NaN where /proc does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), math.nan)
-
-
 def measure(features: Tensor, values: Tensor, grad: Tensor, arguments: argparse.Namespace) -> dict[str, object]:
     """Check one setting, then time it."""
     N = len(features)
@@ -140,18 +94,6 @@ def measure(features: Tensor, values: Tensor, grad: Tensor, arguments: argparse.
     return result
 
 
-def environment(threads: int) -> dict[str, object]:
-    """What a published number must name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "threads": threads, "commit": commit} | versions
-
-
 def main() -> None:
     """Parse the command line, measure every setting, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,9 +110,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.image is None:
-        image = procedural_image(*arguments.size)
+        image = procedural_scene(*arguments.size)[0]
     else:
-        image = np.asarray(Image.open(arguments.image).convert("RGB"))
+        image = read_image(arguments.image)
     N = image.shape[0] * image.shape[1]
     generator = torch.Generator().manual_seed(0)
     values = (3 * torch.randn(N, arguments.channels, generator=generator)).softmax(1)  # marginals, as in a CRF
@@ -181,7 +123,7 @@ def main() -> None:
         "width": image.shape[1],
         "channels": arguments.channels,
         "tolerance": arguments.tolerance,
-        "environment": environment(arguments.threads),
+        "environment": environment(),
     }
     print(json.dumps(report))
     print(

@@ -4,16 +4,18 @@
 
 The peer is pydensecrf's C++ (`pip install pydensecrf2==1.1`, which needs a C++ compiler); where it is missing the
 benchmark says so and measures ours alone. Both get the same unaries (labels shrunk 8 times, noise, bilinear up) and the
-same model: Potts, weights 3 and 5, spatial bandwidth 3, normalised "after". Runs alternate, the peer's and ours; ratios
+same
+model: Potts, weights 3 and 5, spatial bandwidth 3, normalised "after". Runs alternate, the peer's and ours; ratios
 are of medians. Errors are relative L2 against float64: of one normalised bilateral message on random rows by brute
-force, and of the final marginals against mean field with exact filters in float64, themselves checked by brute force.
+force, and of the final marginals of the image's centre against mean field with exact filters in float64, themselves
+checked by brute force.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,12 @@ from _measure import (
     coarse_logits,
     environment,
     image_tensor,
+    memory_mib,
     normalized_rows,
     once,
     procedural_scene,
     relative_error,
+    reset_peak_memory,
     spread,
     voc_scene,
 )
@@ -41,13 +45,22 @@ except ImportError:
     peer = None
 
 CLASSES, ITERATIONS = 21, 10
-MODEL = {"spatial_weight": 3.0, "bilateral_weight": 5.0, "theta_gamma": 3.0}
+CROP = 240  # side of the centre on which final marginals are compared: exact ones of a whole image take many minutes
+SPATIAL_WEIGHT, BILATERAL_WEIGHT, THETA_GAMMA = 3.0, 5.0, 3.0
 
 
 def ours(image: np.ndarray, logits: Tensor, alpha: float, beta: float) -> Tensor:  # (C, N)
     """The whole job with the lattice."""
     energy = crfnet.dense_crf(
-        image_tensor(image), logits, theta_alpha=alpha, theta_beta=beta, engine="lattice", num_iterations=ITERATIONS, **MODEL
+        image_tensor(image),
+        logits,
+        theta_alpha=alpha,
+        theta_beta=beta,
+        theta_gamma=THETA_GAMMA,
+        spatial_weight=SPATIAL_WEIGHT,
+        bilateral_weight=BILATERAL_WEIGHT,
+        num_iterations=ITERATIONS,
+        engine="lattice",
     )
     return energy.softmax(1)[0].flatten(1)
 
@@ -59,15 +72,15 @@ def theirs(image: np.ndarray, logits: Tensor, alpha: float, beta: float, iterati
     crf.setUnaryEnergy(-logits[0].flatten(1).numpy())
     after = peer.NORMALIZE_AFTER
     if iterations == ITERATIONS:
-        crf.addPairwiseGaussian(sxy=3, compat=3, normalization=after)
-    crf.addPairwiseBilateral(sxy=alpha, srgb=beta, rgbim=image, compat=5, normalization=after)
+        crf.addPairwiseGaussian(sxy=THETA_GAMMA, compat=SPATIAL_WEIGHT, normalization=after)
+    crf.addPairwiseBilateral(sxy=alpha, srgb=beta, rgbim=image, compat=BILATERAL_WEIGHT, normalization=after)
     return torch.from_numpy(np.array(crf.inference(iterations)))
 
 
 def their_message(image: np.ndarray, logits: Tensor, alpha: float, beta: float) -> Tensor:
     """One normalised bilateral message, (N, C), read off one iteration: log q + unary is 5 times it plus a constant."""
     log_q = theirs(image, logits, alpha, beta, iterations=1).double().log()
-    message = (log_q - logits[0].flatten(1)) / 5
+    message = (log_q - logits[0].flatten(1)) / BILATERAL_WEIGHT
     return (message - message.mean(0) + 1 / CLASSES).T  # messages sum to 1
 
 
@@ -75,14 +88,14 @@ def exact_marginals(image: np.ndarray, logits: Tensor, alpha: float, beta: float
     """Mean field with exact filters in float64."""
     features = bilateral_features(image, alpha, beta).double()
     bilateral = GaussianFilter(features[None], method="exact", normalization="after", tolerance=1e-4)
-    spatial = GridFilter(image.shape[:2], MODEL["theta_gamma"], normalization="after")
+    spatial = GridFilter(image.shape[:2], THETA_GAMMA, normalization="after")
     unary = logits.double().flatten(2).mT
     q = unary.softmax(2)
     error = relative_error(bilateral(q)[0, rows], normalized_rows(features, q[0], rows))
     if not error < 1e-5:
         raise SystemExit(f"the oracle's own filter is {error:.1e} off brute force")
     for _ in range(ITERATIONS):
-        q = (unary + MODEL["spatial_weight"] * spatial(q) + MODEL["bilateral_weight"] * bilateral(q)).softmax(2)
+        q = (unary + SPATIAL_WEIGHT * spatial(q) + BILATERAL_WEIGHT * bilateral(q)).softmax(2)
     return q[0].T
 
 
@@ -96,6 +109,10 @@ def errors(image: np.ndarray, logits: Tensor, alpha: float, beta: float, final: 
     if peer is not None:
         result["message_peer"] = relative_error(their_message(image, logits, alpha, beta)[rows], truth)
     if final:
+        top, left = ((size - CROP) // 2 if size > CROP else 0 for size in image.shape[:2])
+        image = np.ascontiguousarray(image[top : top + CROP, left : left + CROP])
+        logits = logits[..., top : top + CROP, left : left + CROP].contiguous()
+        rows = torch.randperm(image.shape[0] * image.shape[1], generator=torch.Generator().manual_seed(0))[:512]
         truth = exact_marginals(image, logits, alpha, beta, rows)
         result["marginals"] = relative_error(ours(image, logits, alpha, beta), truth)
         if peer is not None:
@@ -105,7 +122,8 @@ def errors(image: np.ndarray, logits: Tensor, alpha: float, beta: float, final: 
 
 def peak_memory(who: str, scene: str, alpha: float, beta: float) -> float:
     """MiB by which the job raises the peak of a process of its own, which has loaded everything already."""
-    command = [sys.executable, __file__, "--peak-memory-of", who, "--scenes", scene, "--theta", f"{alpha}/{beta}"]
+    command = [sys.executable, __file__, "--peak-memory-of", who, "--scenes", scene]
+    command += ["--theta", f"{alpha}/{beta}", "--threads", "1"]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -121,6 +139,7 @@ def main() -> None:
     parser.add_argument("--theta", nargs="+", default=["67/3", "160/3", "80/13"], help="theta_alpha/theta_beta")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--gain", type=float, default=8.0, help="of the unaries' logits, beside noise of 1")
     parser.add_argument("--no-marginals", action="store_true", help="skip the minutes that exact marginals take")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--peak-memory-of", choices=["ours", "peer"], help=argparse.SUPPRESS)
@@ -133,14 +152,17 @@ def main() -> None:
         if scene is None:
             print(f"{name} is missing: CRFNET_DATA names the folder of images")
             continue
-        image, logits = np.ascontiguousarray(scene[0]), coarse_logits(scene[1], CLASSES)
+        image, logits = np.ascontiguousarray(scene[0]), coarse_logits(scene[1], CLASSES, gain=arguments.gain)
         for theta in arguments.theta:
             alpha, beta = (float(part) for part in theta.split("/"))
-            job = {"ours": lambda: ours(image, logits, alpha, beta), "peer": lambda: theirs(image, logits, alpha, beta)}
+            job = {who: partial(run, image, logits, alpha, beta) for who, run in (("ours", ours), ("peer", theirs))}
             if arguments.peak_memory_of:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                small = np.ascontiguousarray(image[:64, :64]), logits[..., :64, :64].contiguous(), alpha, beta
+                (ours if arguments.peak_memory_of == "ours" else theirs)(*small)  # loads and initialises everything
+                reset_peak_memory()
+                before = memory_mib("VmRSS")
                 job[arguments.peak_memory_of]()
-                print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+                print(memory_mib("VmHWM") - before)
                 return
             torch.set_num_threads(max(arguments.threads))
             result: dict[str, object] = {"scene": name, "theta": theta, "pixels": image.shape[0] * image.shape[1]}
@@ -163,7 +185,9 @@ def main() -> None:
                 print(f"{name} {theta}: {threads} threads: {line}{ratio}", flush=True)
             memory = {key: peak_memory(key, name, alpha, beta) for key in who}
             result["peak_memory_mib"] = memory
-            print(f"{name} {theta}: peak memory: " + ", ".join(f"{k} {v:.0f} MiB" for k, v in memory.items()), flush=True)
+            print(
+                f"{name} {theta}: peak memory: " + ", ".join(f"{k} {v:.0f} MiB" for k, v in memory.items()), flush=True
+            )
             results.append(result)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def infer(
 
 
 def _sweep(columns: _Columns, terms: Sequence[Term], q: Tensor, row: int) -> Iterator[tuple[int, int, Tensor]]:
-    """One update, piece by piece: start and stop, in pixels of ``(B N)``, and the new energies ``(stop - start, L)``."""
+    """One update, piece by piece: start and stop, in pixels of ``(B N)``, and the new energies there."""
     B, N, L = q.shape
     size = max(1, PIECE // (L * row)) * row
     uniform = [coupling.ndim == 1 and bool((coupling == coupling[0]).all()) for coupling in columns.couplings]

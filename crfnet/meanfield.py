@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .ops import GaussianFilter, GridFilter
 
+
 @dataclass(frozen=True)
 class Term:
     """One kernel's part of an update."""

@@ -103,10 +103,11 @@ class GaussianFilter:
         if method == "auto":
             method = "exact" if max(counts) <= AUTO_EXACT_POINTS else "lattice"
         self.method = method
-        self.engine: Engine = (
-            ExactEngine(points, counts, tolerance) if method == "exact" else LatticeEngine(points, counts)
-        )
-        self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
+        with torch.autocast(points.device.type, enabled=False):
+            self.engine: Engine = (
+                ExactEngine(points, counts, tolerance) if method == "exact" else LatticeEngine(points, counts)
+            )
+            self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
         self._row_sums: Tensor | None = None  # (P, 1) n = K 1, kept where it carries no gradient
 
     @property
@@ -142,8 +143,9 @@ class GaussianFilter:
             out = self(values).flatten(0, 1)
             return lambda start, stop: (out[start:stop], None)
         self._check_values(values)
-        engine, sums = self.engine, self._sums()
-        lattice = engine.send(values.flatten(0, 1))
+        with torch.autocast(values.device.type, enabled=False):
+            engine, sums = self.engine, self._sums()
+            lattice = engine.send(values.flatten(0, 1))
         factors = None if sums is None else sums.clamp(min=EPS).reciprocal()
         return lambda start, stop: (
             engine.receive(lattice, start, stop),

@@ -27,6 +27,7 @@ _BLUR_VARIANCE = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
 _DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE)
 
 CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features
+POINTS_AT_ONCE = 2048  # received together there, to stay in the cache
 
 
 class LatticeEngine:
@@ -103,10 +104,18 @@ class LatticeEngine:
 
     def _pull(self, f: Tensor, sent: Tensor, heard: Tensor, transpose: bool) -> Tensor:
         """``(P, D)``: sum_j K_ij heard_i·sent_j (f_j - f_i), or K_ji."""
-        carried = torch.cat([sent, *(sent * f[:, d, None] for d in range(self.dimension))], 1)
-        arrived = self.apply(carried, transpose).split(sent.shape[1], 1)
-        weight = (heard * arrived[0]).sum(1)
-        return torch.stack([(heard * arrived[d + 1]).sum(1) - weight * f[:, d] for d in range(self.dimension)], 1)
+        (P, D), C = f.shape, sent.shape[1]
+        carried = torch.empty(P, D + 1, C, dtype=f.dtype, device=f.device)
+        carried[:, 0] = sent
+        torch.mul(sent[:, None], f[:, :, None], out=carried[:, 1:])
+        lattice = self.send(carried.view(P, -1), transpose)
+        out, ones = torch.empty_like(f), f.new_ones(C, 1)
+        for start in range(0, P, POINTS_AT_ONCE):
+            stop = min(start + POINTS_AT_ONCE, P)
+            arrived = self.receive(lattice, start, stop).view(-1, D + 1, C).mul_(heard[start:stop, None])
+            weight = (arrived.view(-1, C) @ ones).view(-1, D + 1)
+            torch.addcmul(weight[:, 1:], weight[:, :1], f[start:stop], value=-1, out=out[start:stop])
+        return out
 
     def diagonal(self) -> Tensor:
         """``(P,)``: K_ii of what ``apply`` computes, the weight with which each point hears itself.

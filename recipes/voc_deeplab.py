@@ -211,7 +211,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     # data: a part of train is held out for every choice, val is for the scores alone
     root: str | Path = config.root
     if config.dataset == "synthetic":
-        root = write_voc(root or out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5))
+        root = write_voc(
+            root or out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5)
+        )
     elif not root:
         raise ValueError(f"dataset {config.dataset!r} needs the folder of its files: --root DIR")
     listing = pairs_files if config.dataset == "pairs" else voc_files
