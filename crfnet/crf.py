@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .inference import infer
-from .inputs import Inputs, among, check_inputs
+from .inputs import Inputs, among, check_inputs, kind, whole_number
 from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, store
 from .meanfield import Term, mean_field, update
 from .ops.filter import METHODS, Method
@@ -108,17 +108,17 @@ class DenseCRF(nn.Module):
         among("engine", engine, METHODS)
         for name in [learn] if isinstance(learn, str) else learn:
             among("learn", name, LEARNABLE)
-        for what, count in (("num_iterations", num_iterations), ("num_iterations_eval", num_iterations_eval)):
-            if int(count) != count or count < 0:
-                raise ValueError(f"{what} must be a whole number, 0 or more, got {count}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        whole_number("num_iterations", num_iterations, 0)
+        whole_number("num_iterations_eval", num_iterations_eval, 0)
+        whole_number("num_classes", num_classes, 1)
         if not 0.0 <= damping < 1.0:
             raise ValueError(f"damping must lie in [0, 1), got {damping}")
         if not 0.0 <= label_tolerance < 1.0:
             raise ValueError(f"label_tolerance must lie in [0, 1), got {label_tolerance}")
-        if image_range is not None and not (len(image_range) == 2 and image_range[0] < image_range[1]):
-            raise ValueError(f"image_range must be (black, white) with black < white, or None, got {image_range}")
+        if image_range is not None:
+            black, white = image_range if len(image_range) == 2 else (0.0, 0.0)
+            if not (black < white and math.isfinite(white - black)):
+                raise ValueError(f"image_range must be (black, white) with black < white, or None, got {image_range}")
         self.num_classes = num_classes
         self.num_iterations, self.num_iterations_eval = int(num_iterations), int(num_iterations_eval)
         self.damping, self.normalization, self.remove_self = damping, normalization, remove_self
@@ -139,8 +139,10 @@ class DenseCRF(nn.Module):
     def _set_compatibility(self, given: Compatibility | Tensor, learn: bool) -> None:
         C = self.num_classes
         if isinstance(given, Tensor):
-            if given.shape not in ((C,), (C, C)) or not bool(given.isfinite().all()):
-                raise ValueError(f"compatibility must be finite, ({C},) or ({C}, {C}), got {tuple(given.shape)}")
+            if given.shape not in ((C,), (C, C)):
+                raise ValueError(f"compatibility must be ({C},) or ({C}, {C}), got {tuple(given.shape)}")
+            if not bool(given.isfinite().all()):
+                raise ValueError(f"compatibility must be finite, got {given.tolist()}")
             start = given.detach().float().clone()
             self.compatibility_form: Compatibility = "per_class" if given.ndim == 1 else "full"
         else:
@@ -166,8 +168,8 @@ class DenseCRF(nn.Module):
         """``(C,)``, where a matrix is not needed: what hearing one's own label is worth, -mu up to what all share."""
         if self.compatibility_form == "per_class":
             return self.log_compatibility.exp()
-        first = next(kernel for _, kernel in self._kernels())
-        return first.weights().new_ones(self.num_classes)
+        spatial = cast(PairwiseKernel, self.kernels["spatial"])
+        return spatial.weights().detach().new_ones(self.num_classes)
 
     def forward(
         self, logits: Tensor, image: Tensor, mask: Tensor | None = None, guides: Mapping[str, Tensor] | None = None
@@ -183,8 +185,9 @@ class DenseCRF(nn.Module):
         """
         inputs = check_inputs(self.num_classes, logits, image, mask, guides or {}, self.image_range)
         with torch.autocast(logits.device.type, enabled=False):
-            out = self._infer(inputs)
-        out = out.mT.reshape(logits.shape).to(logits.dtype)
+            out = self._infer(inputs).mT.reshape(logits.shape)
+        if out.dtype != logits.dtype:  # what all labels share says nothing, but may be more than a half can hold
+            out = (out - out.amax(1, keepdim=True)).clamp(min=torch.finfo(logits.dtype).min).to(logits.dtype)
         return out if mask is None else torch.where(mask.unsqueeze(1), out, logits)
 
     def _infer(self, inputs: Inputs) -> Tensor:
@@ -240,6 +243,9 @@ class DenseCRF(nn.Module):
     ) -> Tensor:
         """Energy E(x) of a labelling, ``(B,)``: its unaries, and for every pair of pixels once the pairwise cost.
 
+        As in inference a pixel counts as half a pair with itself, unless ``remove_self``; for Potts and per-class
+        compatibility that costs nothing.
+
         Args:
             labels: ``(B, *S)`` integers in 0..C - 1.
             logits: as for ``forward``, and so ``image``, ``mask`` and ``guides``.
@@ -248,7 +254,9 @@ class DenseCRF(nn.Module):
             ValueError: ``labels`` has another shape or a value out of range.
         """
         inputs = check_inputs(self.num_classes, logits, image, mask, guides or {}, self.image_range)
-        if labels.shape != (len(logits), *inputs.shape) or labels.is_floating_point():
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers {(len(logits), *inputs.shape)}, got {kind(labels)}")
+        if labels.shape != (len(logits), *inputs.shape):
             raise ValueError(f"labels must be integers {(len(logits), *inputs.shape)}, got {tuple(labels.shape)}")
         flat = labels.flatten(1).long()
         if inputs.mask is not None:
@@ -256,7 +264,8 @@ class DenseCRF(nn.Module):
         if int(flat.min()) < 0 or int(flat.max()) >= self.num_classes:
             raise ValueError(f"labels must lie in 0..{self.num_classes - 1}, got {int(flat.min())}..{int(flat.max())}")
         q = nn.functional.one_hot(flat, self.num_classes).to(inputs.logits)
-        return self._expected_energy(inputs, q, self._terms(inputs))
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._expected_energy(inputs, q, self._terms(inputs))
 
     @torch.no_grad()
     def diagnose(
@@ -273,15 +282,18 @@ class DenseCRF(nn.Module):
         never rises (Krähenbühl and Koltun, ICML 2013). "after" is not symmetric: nothing promises it there.
         """
         inputs = check_inputs(self.num_classes, logits, image, mask, guides or {}, self.image_range)
-        terms = self._terms(inputs)
-        energy, q = inputs.logits, inputs.logits.softmax(2)
-        values, changes = [self._free_energy(inputs, energy, terms)], [energy.new_zeros(len(energy))]
-        for _ in range(self.num_iterations_eval if num_iterations is None else num_iterations):
-            energy = torch.lerp(update(inputs.logits, q, terms), energy, self.damping)
-            previous, q = q, energy.softmax(2)
-            values.append(self._free_energy(inputs, energy, terms))
-            changes.append((q - previous).abs().amax((1, 2)))
-        return Diagnostics(torch.stack(values), torch.stack(changes[1:]) if changes[1:] else changes[0][None][:0])
+        count = self.num_iterations_eval if num_iterations is None else num_iterations
+        whole_number("num_iterations", count, 0)
+        with torch.autocast(logits.device.type, enabled=False):
+            terms = self._terms(inputs)
+            energy, q = inputs.logits, inputs.logits.softmax(2)
+            values, changes = [self._free_energy(inputs, energy, terms)], [energy.new_zeros(len(energy))]
+            for _ in range(count):
+                energy = torch.lerp(update(inputs.logits, q, terms), energy, self.damping)
+                previous, q = q, energy.softmax(2)
+                values.append(self._free_energy(inputs, energy, terms))
+                changes.append((q - previous).abs().amax((1, 2)))
+        return Diagnostics(torch.stack(values), torch.stack(changes)[1:])
 
     def _free_energy(self, inputs: Inputs, energy: Tensor, terms: Sequence[Term]) -> Tensor:
         """``(B,)`` float64: expected energy minus entropy, for the marginals softmax(energy)."""
@@ -357,6 +369,7 @@ def dense_crf(
         weights="scalar",
         compatibility=compatibility,
         learn=(),
+        num_iterations=num_iterations,
         num_iterations_eval=num_iterations,
         normalization=normalization,
         image_range=image_range,

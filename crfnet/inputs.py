@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,12 @@ def among(name: str, got: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {got!r}")
 
 
+def whole_number(name: str, got: Any, least: int) -> None:
+    """Raise ValueError unless ``got`` is a whole number of at least ``least``."""
+    if isinstance(got, bool) or not isinstance(got, int) or got < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, got {got!r}")
+
+
 def check_inputs(
     num_classes: int,
     logits: Tensor,
@@ -41,6 +48,10 @@ def check_inputs(
             f"logits must be (B, {num_classes}, H, W), or have 1 or 3 axes in place of (H, W), none of them 0, "
             f"got {tuple(logits.shape)}; one image alone is logits[None]"
         )
+    if "image" in guides:
+        raise ValueError("guides must have names of their own, got 'image', which is the image's")
+    for name, guide in {"image": image, **guides}.items():
+        _check_guide(name, guide, logits)
     if mask is not None:
         _check_mask(mask, logits)
     inside = None if mask is None else mask.unsqueeze(1)
@@ -54,7 +65,6 @@ def check_inputs(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     checked = {}
     for name, guide in {"image": image, **guides}.items():
-        _check_guide(name, guide, logits)
         guide = guide.to(dtype)
         if inside is not None:
             guide = torch.where(inside, guide, guide.new_zeros(()) if image_range is None else float(image_range[0]))
@@ -110,8 +120,16 @@ def _check_range(given: Tensor, image: Tensor, black: float, white: float) -> No
         warnings.warn(
             f"image spans {low:g} to {high:g} of image_range {black:g}..{white:g}: "
             "if white is 1, pass image_range=(0, 1)",
-            stacklevel=4,
+            stacklevel=_frames_of_ours() + 1,
         )
+
+
+def _frames_of_ours() -> int:
+    """How many frames, from the caller on, belong to crfnet or torch: a warning points at the one that called them."""
+    frame, count = sys._getframe(1), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("crfnet", "torch"):
+        frame, count = frame.f_back, count + 1  # type: ignore[assignment]
+    return count
 
 
 def kind(thing: Any) -> str:

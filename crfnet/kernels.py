@@ -8,7 +8,6 @@ Source: Krähenbühl and Koltun, arXiv:1210.5644, equation 3; Chen et al., arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -47,14 +46,19 @@ class Kernel:
     guide: str = "image"
 
     def __post_init__(self) -> None:
-        """Check the bandwidths."""
+        """Check the name and the bandwidths."""
+        if not self.name.isidentifier() or hasattr(nn.ModuleDict, self.name):
+            raise ValueError(f"name of a kernel must be an identifier that no module has, got {self.name!r}")
         if self.theta_position is None and self.theta_guide is None:
             raise ValueError(f"kernel {self.name!r} needs theta_position, theta_guide or both, got neither")
+        if self.theta_guide is None and self.guide != "image":
+            raise ValueError(f"kernel {self.name!r} needs theta_guide to compare its guide {self.guide!r} by, got None")
         for what in ("theta_position", "theta_guide"):
             given = getattr(self, what)
-            for theta in given if isinstance(given, Sequence) else [given]:
-                if theta is not None and not (math.isfinite(theta) and theta > 0):
-                    raise ValueError(f"{what} of kernel {self.name!r} must be positive and finite, got {given}")
+            several = list(given) if isinstance(given, Sequence) else [] if given is None else [given]
+            smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+            if (given is not None and not several) or not all(smallest <= theta <= largest for theta in several):
+                raise ValueError(f"{what} of kernel {self.name!r} must be positive and finite in float32, got {given}")
 
 
 class PairwiseKernel(nn.Module):
@@ -73,16 +77,16 @@ class PairwiseKernel(nn.Module):
         self, spec: Kernel, num_classes: int, form: Weights, *, learn_weight: bool, learn_bandwidths: bool
     ) -> None:
         super().__init__()
+        self.name, self.form, self.learns_weight = spec.name, form, learn_weight
         self.guide = spec.guide if spec.theta_guide is not None else None
-        self.form = form
-        weight = torch.as_tensor(spec.weight, dtype=torch.float32)
+        weight = torch.as_tensor(spec.weight, dtype=torch.float32).detach().clone()
         shape = {"scalar": (), "per_class": (num_classes,), "full": (num_classes, num_classes)}[form]
         if weight.ndim == 0:
             weight = weight * torch.eye(num_classes) if form == "full" else weight.expand(shape).clone()
         if weight.shape != shape or not bool(weight.isfinite().all()):
+            got = tuple(weight.shape) if weight.shape != shape else spec.weight
             raise ValueError(
-                f"weight of kernel {spec.name!r} must be a finite number or {shape} for {form!r} weights, "
-                f"got {tuple(weight.shape)}"
+                f"weight of kernel {spec.name!r} must be a finite number or {shape} for {form!r} weights, got {got}"
             )
         if form != "full":
             if not bool((weight > 0 if learn_weight else weight >= 0).all()):
@@ -110,8 +114,7 @@ class PairwiseKernel(nn.Module):
 
     def silent(self) -> bool:
         """Whether the kernel has weight 0 and no way to change it, so that nobody need filter with it."""
-        stored = self.weight if self.form == "full" else self.log_weight
-        return not isinstance(stored, nn.Parameter) and not bool(self.weights().any())
+        return not self.learns_weight and not bool(self.weights().any())
 
     def filter(
         self,
@@ -130,7 +133,13 @@ class PairwiseKernel(nn.Module):
             return GridFilter(
                 shape, self.theta_position, normalization=normalization, mask=mask, remove_self=remove_self
             )
-        features = guide.flatten(2).mT.to(like) / cast(Tensor, self.theta_guide).to(like)  # (B, N, G)
+        theta = cast(Tensor, self.theta_guide)
+        if theta.ndim == 1 and len(theta) != guide.shape[1]:
+            raise ValueError(
+                f"{self.guide} must have {len(theta)} channels, one for each theta_guide of kernel {self.name!r} "
+                f"(theta_beta of the bilateral kernel), got {guide.shape[1]}"
+            )
+        features = guide.flatten(2).mT.to(like) / theta.to(like)  # (B, N, G)
         if self.theta_position is not None:
             axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
             positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(axes))  # (1, N, axes)

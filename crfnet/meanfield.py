@@ -54,7 +54,8 @@ def mean_field(
         new = update(logits, energy.softmax(2), terms)
         return new if damping == 0.0 else torch.lerp(new, energy, damping)
 
-    energy = logits = logits.contiguous()
+    logits = logits.contiguous()
+    energy = logits if num_iterations else logits.clone()  # the result is the caller's own
     for _ in range(num_iterations):
         energy = checkpoint(step, energy, use_reentrant=False) if recompute else step(energy)
     return energy

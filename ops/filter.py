@@ -172,7 +172,7 @@ class GaussianFilter:
         n = self._apply(self._features.new_ones(len(self._features), 1))
         if self.remove_self:
             n = n.clamp(min=SELF_FLOOR)
-        if not n.requires_grad:
+        if not self._features.requires_grad:
             self._row_sums = n
         return n
 

@@ -569,33 +569,38 @@ def test_half_logits_survive_unnormalised_messages(dtype, gradients):
     assert not out.softmax(1).isnan().any()
 
 
-def same_under_autocast(call) -> None:
-    expected = call()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = call()
+def same(got: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("weights", ["scalar", "full"])
-def test_autocast_changes_nothing(weights, checkpoint):
+@pytest.mark.parametrize("form", ["potts", "full"])
+def test_autocast_changes_nothing(form, checkpoint):
+    """Backward is called outside of autocast, as torch's documentation wants."""
     logits, image = draw(dtype=torch.float32)
-    crf = DenseCRF(3, **WIDTHS, weights=weights, learn=EVERYTHING, checkpoint=checkpoint)
+    weights = "full" if form == "full" else "scalar"
+    crf = DenseCRF(3, **WIDTHS, weights=weights, compatibility=form, learn=EVERYTHING, checkpoint=checkpoint)
 
-    def call() -> list[Tensor]:
-        out = crf(logits, image)
-        with torch.no_grad():
-            fast = crf(logits, image)
+    def call(autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = crf(logits, image)
+            with torch.no_grad():
+                fast = crf(logits, image)
         return [out, fast, *torch.autograd.grad(out.square().sum(), list(crf.parameters()))]
 
-    same_under_autocast(call)
+    same(call(True), call(False))
 
 
 def test_autocast_changes_no_diagnosis():
     logits, image = draw(dtype=torch.float32)
     crf = DenseCRF(3, **WIDTHS)
-    same_under_autocast(lambda: [crf.energy(logits.argmax(1), logits, image), *crf.diagnose(logits, image)])
+
+    def call(autocast: bool) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return [crf.energy(logits.argmax(1), logits, image), *crf.diagnose(logits, image)]
+
+    same(call(True), call(False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -733,6 +738,8 @@ def test_energy_is_that_of_every_labelling_counted_pair_by_pair():
             cost = (cost + cost.T) / 2  # an asymmetric cost is that of the pair in both orders, halved
             for i, j in itertools.combinations(range(6), 2):
                 expected = expected + cost[x[:, i], x[:, j]] * K[i, j]
+            if not remove_self:  # as in inference, half a pair with itself
+                expected = expected + 0.5 * cost[x, x].sum(1)
         torch.testing.assert_close(
             got, expected, rtol=1e-12, atol=1e-10, msg=f"{weights} {compatibility} {remove_self}"
         )
@@ -799,7 +806,7 @@ def test_free_energy_is_an_upper_bound_that_one_labelling_reaches():
 
 def test_diagnostics_follow_inference():
     logits, image = draw((1, 2), B=16)  # two pixels, so that the largest change is a loss in some images
-    crf = crf64(3, damping=0.2)
+    crf = crf64(3, damping=0.2, compatibility=draw_compatibility("full"))
     free_energy, change = crf.diagnose(logits, image, num_iterations=4)
     assert free_energy.shape == (5, 16) and change.shape == (4, 16)
     marginals = [naive(crf, logits, image, T=t).softmax(1) for t in range(5)]

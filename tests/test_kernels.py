@@ -302,7 +302,7 @@ def test_threads_share_a_module():
 # --- bad input
 
 BAD_MODULES = {
-    "no classes": ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+    "no classes": ({"num_classes": 0}, ValueError, "num_classes must be a whole number, 1 or more, got 0"),
     "classes": ({"num_classes": 2.5}, (TypeError, ValueError), "num_classes must be .*2.5"),
     "theta_alpha 0": ({"theta_alpha": 0.0}, ValueError, "theta_position of kernel 'bilateral' must be positive.*got 0"),
     "theta_gamma": ({"theta_gamma": -1.0}, ValueError, "theta_position of kernel 'spatial' must be positive.*got -1"),
@@ -357,9 +357,9 @@ def test_bad_modules_are_named(case):
 
 BAD_KERNELS = {
     "no bandwidth": ({"theta_position": None}, "kernel 'k' needs theta_position, theta_guide or both, got neither"),
-    "theta_position": ({"theta_position": -2.0}, "theta_position of kernel 'k' must be positive and finite, got -2.0"),
+    "theta_position": ({"theta_position": -2.0}, "theta_position of kernel 'k' must be positive and finite in float32, got -2.0"),
     "theta_guide": ({"theta_guide": (1.0, 0.0)}, r"theta_guide of kernel 'k' must be positive.*got \(1.0, 0.0\)"),
-    "nan": ({"theta_guide": NAN}, "theta_guide of kernel 'k' must be positive and finite, got nan"),
+    "nan": ({"theta_guide": NAN}, "theta_guide of kernel 'k' must be positive and finite in float32, got nan"),
     "unused guide": ({"guide": "depth"}, "kernel 'k' .*theta_guide"),  # a guide without a bandwidth compares nothing
     "dotted": ({"name": "a.b"}, "name .*'a.b'"),
     "empty": ({"name": ""}, "name .*''"),
