@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .inference import infer
 from .inputs import Inputs, among, check_inputs, kind, whole_number
-from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, store
+from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, positive, store
 from .meanfield import Term, mean_field, update
 from .ops.filter import METHODS, Method
 from .ops.reference import NORMALIZATIONS, Normalization
@@ -61,11 +61,14 @@ class DenseCRF(nn.Module):
             The spatial kernel is always exact, one separable pass an axis.
         checkpoint: in training, recompute each iteration in backward instead of storing its messages.
         label_tolerance: where no gradients are wanted and couplings are Potts or per class, labels whose messages
-            together change no marginal by this much are taken as one. 0 keeps every label for itself.
+            together change no marginal by this much in an iteration are taken as one, which saves most of the time
+            when few of many classes occur. Results differ by far less, except at pixels on the very brink between two
+            labels. 0 keeps every label for itself.
 
     Shape:
         logits ``(B, C, *S)`` with 1 to 3 axes S, image ``(B, G, *S)`` with any number of channels G, mask ``(B, *S)``
-        bool → logits of the marginals ``(B, C, *S)``, in the dtype of ``logits``: their softmax over dim 1 is q.
+        bool → logits of the marginals ``(B, C, *S)``, in the dtype of ``logits``: their softmax over dim 1 is q. What
+        all labels of a pixel share is arbitrary.
 
     Gradients reach the logits, the image and the other guides, and every parameter.
 
@@ -167,7 +170,7 @@ class DenseCRF(nn.Module):
     def _strength(self) -> Tensor:
         """``(C,)``, where a matrix is not needed: what hearing one's own label is worth, -mu up to what all share."""
         if self.compatibility_form == "per_class":
-            return self.log_compatibility.exp()
+            return positive(self.log_compatibility)
         spatial = cast(PairwiseKernel, self.kernels["spatial"])
         return spatial.weights().detach().new_ones(self.num_classes)
 
@@ -193,8 +196,9 @@ class DenseCRF(nn.Module):
     def _infer(self, inputs: Inputs) -> Tensor:
         terms = self._terms(inputs)
         count = self.num_iterations if self.training else self.num_iterations_eval
-        sources = [inputs.logits, *inputs.guides.values(), *self.parameters()]
-        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
+        thetas = [theta for _, kernel in self._kernels() for theta in (kernel.theta_position, kernel.theta_guide)]
+        sources = [inputs.logits, *inputs.guides.values(), *(term.coupling for term in terms), *thetas]
+        gradients = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources)
         if self.normalization == "after" and self.damping == 0.0 and not gradients:
             row = math.prod(inputs.shape[1:])
             return infer(inputs.logits, terms, count, row=row, label_tolerance=self.label_tolerance)

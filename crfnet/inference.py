@@ -41,8 +41,8 @@ def infer(
     """Logits of the marginals, ``(B, N, C)``, for terms with filters normalised "after".
 
     Where couplings are strengths, labels whose messages together change no marginal by ``label_tolerance`` in an
-    iteration become one label, the rest. Its marginal times the messages it hears bounds the error in any marginal;
-    should that ever pass the tolerance, all is done anew with every label for itself.
+    iteration become one label, the rest. Its marginal times the messages it hears bounds what one iteration errs in any
+    marginal; should that ever pass the tolerance, all is done anew with every label for itself.
 
     Args:
         logits: ``(B, N, C)``, finite.

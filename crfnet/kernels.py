@@ -30,7 +30,7 @@ class Kernel:
     Args:
         name: how the kernel's parameters are called in the module's state dict.
         weight: its weight: a number, or a tensor ``(C,)`` or ``(C, C)`` matching the module's form of weights.
-        theta_position: bandwidth in pixels, or None where position plays no part.
+        theta_position: bandwidth in pixels, one number or one for each axis; None where position plays no part.
         theta_guide: bandwidth of the guide, in the guide's unit, one number or one for each of its channels; None for a
             kernel of positions only.
         guide: which guide: "image", or a name in the ``guides`` given to ``forward``.
@@ -41,7 +41,7 @@ class Kernel:
 
     name: str
     weight: float | Tensor
-    theta_position: float | None = None
+    theta_position: float | Sequence[float] | None = None
     theta_guide: float | Sequence[float] | None = None
     guide: str = "image"
 
@@ -101,16 +101,16 @@ class PairwiseKernel(nn.Module):
     @property
     def theta_position(self) -> Tensor | None:
         """Bandwidth in pixels, 0-d; None where position plays no part."""
-        return None if self.log_theta_position is None else self.log_theta_position.exp()
+        return None if self.log_theta_position is None else positive(self.log_theta_position)
 
     @property
     def theta_guide(self) -> Tensor | None:
         """Bandwidth of the guide, 0-d or one a channel; None for a kernel of positions only."""
-        return None if self.log_theta_guide is None else self.log_theta_guide.exp()
+        return None if self.log_theta_guide is None else positive(self.log_theta_guide)
 
     def weights(self) -> Tensor:
         """The weight as a scalar, ``(C,)`` or ``(C, C)``."""
-        return self.weight if self.form == "full" else self.log_weight.exp()
+        return self.weight if self.form == "full" else positive(self.log_weight)
 
     def silent(self) -> bool:
         """Whether the kernel has weight 0 and no way to change it, so that nobody need filter with it."""
@@ -128,6 +128,12 @@ class PairwiseKernel(nn.Module):
         remove_self: bool,
     ) -> GaussianFilter | GridFilter:
         """Build the filter, ``(B, N, C)`` to ``(B, N, C)``, that passes this kernel's messages."""
+        width = self.theta_position
+        if width is not None and width.ndim == 1 and len(width) not in (1, len(shape)):
+            raise ValueError(
+                f"theta_position of kernel {self.name!r} must be one number or {len(shape)}, one for each axis, "
+                f"got {len(width)}"
+            )
         if guide is None:
             assert self.theta_position is not None
             return GridFilter(
@@ -146,6 +152,14 @@ class PairwiseKernel(nn.Module):
             positions = (positions / self.theta_position.to(like)).expand(len(like), -1, -1)
             features = torch.cat([positions, features], 2)
         return GaussianFilter(features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self)
+
+
+def positive(logarithm: Tensor) -> Tensor:
+    """exp, held where float32 can still hold it and its square: an optimiser may run away, a parameter not vanish.
+
+    A fixed weight of 0 has the logarithm -inf and stays 0.
+    """
+    return torch.where(logarithm.isneginf(), logarithm, logarithm.clamp(-40.0, 40.0)).exp()
 
 
 def store(module: nn.Module, name: str, value: Tensor | None, learn: bool) -> None:

@@ -357,7 +357,10 @@ def test_bad_modules_are_named(case):
 
 BAD_KERNELS = {
     "no bandwidth": ({"theta_position": None}, "kernel 'k' needs theta_position, theta_guide or both, got neither"),
-    "theta_position": ({"theta_position": -2.0}, "theta_position of kernel 'k' must be positive and finite in float32, got -2.0"),
+    "theta_position": (
+        {"theta_position": -2.0},
+        "theta_position of kernel 'k' must be positive and finite in float32, got -2.0",
+    ),
     "theta_guide": ({"theta_guide": (1.0, 0.0)}, r"theta_guide of kernel 'k' must be positive.*got \(1.0, 0.0\)"),
     "nan": ({"theta_guide": NAN}, "theta_guide of kernel 'k' must be positive and finite in float32, got nan"),
     "unused guide": ({"guide": "depth"}, "kernel 'k' .*theta_guide"),  # a guide without a bandwidth compares nothing
