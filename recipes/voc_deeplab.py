@@ -158,9 +158,11 @@ def train_joint(joint: WithCRF, samples: Samples, held_out: Samples, config: Con
             average.update_parameters(joint)
             losses.append(float(loss.detach()))
         score = evaluate(average.eval(), held_out, device=config.device)["mean_iou"]
-        history.append({"epoch": epoch, "loss": float(np.mean(losses or 0)), "held_out_mean_iou": score})
+        history.append({"epoch": epoch, "held_out_mean_iou": score})
+        if epoch:
+            history[-1]["loss"] = float(np.mean(losses))
         states.append(copy.deepcopy(average.module.state_dict()))
-        log("epoch {epoch}: loss {loss:.3f}, held-out mean IoU {held_out_mean_iou:.4f}".format(**history[-1]))
+        log(f"epoch {epoch}: held-out mean IoU {score:.4f}" + (f", loss {history[-1]['loss']:.3f}" if epoch else ""))
     best = int(np.argmax([row["held_out_mean_iou"] for row in history]))
     log(f"kept epoch {best}")
     joint.load_state_dict(states[best])
