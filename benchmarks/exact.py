@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(375, 500), metavar=("H", "W"), help="of that one")
     parser.add_argument("--theta", nargs="+", default=["160/3", "67/3", "80/13"], help="theta_alpha/theta_beta")
     parser.add_argument("--channels", type=int, default=21)
-    parser.add_argument("--tolerance", type=float, default=1e-3)
+    parser.add_argument("--tolerance", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=512, help="rows checked against float64")

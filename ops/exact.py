@@ -81,7 +81,7 @@ class ExactEngine:
         kept_fraction: pairs of points whose kernel entry is computed / all pairs.
     """
 
-    def __init__(self, features: Tensor, counts: list[int], tolerance: float = 1e-3, tile: int = TILE) -> None:
+    def __init__(self, features: Tensor, counts: list[int], tolerance: float = 3e-4, tile: int = TILE) -> None:
         self.P, self.D = features.shape
         self.tolerance, self.tile = tolerance, tile
         order, sizes, item = split_into_tiles(features, counts, tile)

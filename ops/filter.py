@@ -72,7 +72,7 @@ class GaussianFilter:
         method: Method = "auto",
         normalization: Normalization = "none",
         mask: Tensor | None = None,
-        tolerance: float = 1e-3,
+        tolerance: float = 3e-4,
         remove_self: bool = False,
     ) -> None:
         _check_features(features, mask)
@@ -184,7 +184,7 @@ def gaussian_filter(
     method: Method = "auto",
     normalization: Normalization = "none",
     mask: Tensor | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 3e-4,
     remove_self: bool = False,
 ) -> Tensor:
     """Filter values ``(B, N, C)`` once with features ``(B, N, D)``; see :class:`GaussianFilter` for the arguments."""
