@@ -26,6 +26,7 @@ from .simplex import SPACING, VertexTable, locate
 _BLUR_VARIANCE = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
 _DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE)
 
+NEGLIGIBLE_ENERGY = 1e-3  # left out there: an error of 3 %, where the lattice's own is five to ten times that
 CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features
 POINTS_AT_ONCE = 2048  # received together there, to stay in the cache
 
@@ -97,6 +98,9 @@ class LatticeEngine:
         """
         f = self._features - self._features.mean(0)
         total = torch.zeros_like(f)
+        # g·v needs only the directions among the channels that both go along: in a segmentation, few of many classes
+        basis = min(_principal_directions(values), _principal_directions(grad), key=lambda b: b.shape[1])
+        values, grad = values @ basis, grad @ basis
         group = max(1, CHANNELS_AT_ONCE // (self.dimension + 1))
         for v, g in zip(values.split(group, 1), grad.split(group, 1), strict=True):
             total += self._pull(f, v, g, False) + self._pull(f, g, v, True)
@@ -146,6 +150,14 @@ class LatticeEngine:
                     returned = (at == vertices[:, other]) * side**length
                     total += weights[:, k] * weights[:, other] * returned
         return total * _amplitude(self.dimension)
+
+
+def _principal_directions(values: Tensor) -> Tensor:  # (P, C) → (C, r)
+    """Orthonormal directions that hold all but ``NEGLIGIBLE_ENERGY`` of the sum of squares, at least one."""
+    energy, directions = torch.linalg.eigh((values.T @ values).double())  # rising
+    lost = energy.clamp(min=0).cumsum(0)
+    first = min(int((lost <= NEGLIGIBLE_ENERGY * lost[-1]).sum()), len(lost) - 1)
+    return directions[:, first:].to(values)
 
 
 def _bags(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
