@@ -11,7 +11,10 @@ slope is that of log time over log pixels, 1 for linear.
 
 import argparse
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +31,12 @@ from _measure import (
 )
 
 import crfnet
+
+
+def alone(*arguments: Any) -> tuple[dict[str, float], dict[str, float], float]:
+    """`step_times` in a process of its own, whose memory nothing else has touched."""
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(step_times, *arguments).result()
 
 
 def step_times(
@@ -71,7 +80,7 @@ def main() -> None:
     ):
         for checkpoint in (False, True):
             crf = crfnet.DenseCRF(21, learn=learn, engine="lattice", checkpoint=checkpoint)
-            forward, backward, memory = step_times(crf, scene, 21, arguments.repeats, guide)
+            forward, backward, memory = alone(crf, scene, 21, arguments.repeats, guide)
             ratio = backward["median"] / forward["median"]
             kind = name + (", recomputed" if checkpoint else "")
             report[kind] = {"forward": forward, "backward": backward, "ratio": ratio, "peak_memory_mib": memory}

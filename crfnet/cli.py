@@ -1,6 +1,7 @@
 """The ``crfnet`` command: refine the labels of a picture or of a folder, and examine the installation.
 
-Exit status: 0 done; 1 a file failed or the examination found a fault; 2 wrong usage, nothing was done; 130 interrupted.
+Exit status: 0 done; 1 a file failed or the examination found a fault; 2 wrong usage, nothing was done; 130 interrupted;
+141 nobody reads the output (``| head``).
 """
 
 import argparse
@@ -8,11 +9,12 @@ import inspect
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from crfnet import __version__, dense_crf
 from crfnet.batch import plan, run
@@ -43,12 +45,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has gone (| head) can be caught
     except UsageError as error:
         parser.exit(2, f"crfnet {args.command}: error: {error}\n")
     except KeyboardInterrupt:
         print("crfnet: interrupted; files already written are whole", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        _silence(sys.stdout, sys.stderr)
+        return 141  # 128 + SIGPIPE, as the shell reports it for other commands
     return status
+
+
+def _silence(*streams: TextIO) -> None:
+    """Let what the streams still hold go nowhere: Python flushes them at its end, and would complain again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .inference import infer
 from .inputs import Inputs, among, check_inputs, kind, whole_number
-from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, positive, store
+from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, check_theta, positive, store
 from .meanfield import Term, mean_field, update
 from .ops.filter import METHODS, Method
 from .ops.reference import NORMALIZATIONS, Normalization
@@ -127,6 +127,8 @@ class DenseCRF(nn.Module):
         self.damping, self.normalization, self.remove_self = damping, normalization, remove_self
         self.image_range, self.engine = image_range, engine
         self.checkpoint, self.label_tolerance = checkpoint, label_tolerance
+        for name, theta in (("theta_alpha", theta_alpha), ("theta_beta", theta_beta), ("theta_gamma", theta_gamma)):
+            check_theta(name, theta)
         spatial = Kernel("spatial", spatial_weight, theta_position=theta_gamma)
         bilateral = Kernel("bilateral", bilateral_weight, theta_position=theta_alpha, theta_guide=theta_beta)
         specs = [spatial, bilateral, *kernels]
@@ -206,6 +208,9 @@ class DenseCRF(nn.Module):
 
     def _terms(self, inputs: Inputs) -> list[Term]:
         """The filters of the kernels that have a weight, for these inputs, each with its coupling."""
+        known = {kernel.guide for kernel in self.kernels.values() if isinstance(kernel, PairwiseKernel)}
+        if unknown := sorted(set(inputs.guides) - known - {"image"}):
+            raise ValueError(f"guides must be those that kernels compare pixels by, got {unknown} that none has")
         terms = []
         for name, kernel in self._kernels():
             if kernel.guide is not None and kernel.guide not in inputs.guides:

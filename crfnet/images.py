@@ -10,6 +10,7 @@ name the file.
 import os
 import secrets
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ PathLike = str | os.PathLike[str]
 MAX_PIXELS = 100_000_000  # above any usual camera; a small file can unpack to gigabytes
 _COLOUR_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
+_PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit, a global of its module, is lifted
 _GREY_STEP = {"L;2": 85, "L;4": 17}  # Pillow stretches grey of 2 and 4 bits to 0..255; labels must not be stretched
 
 
@@ -43,18 +45,29 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
     with open(path, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels takes its place
         try:
-            with Image.open(stream) as image:
+            with _open_header(stream) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise ValueError(f"{width} x {height} pixels, more than max_pixels = {max_pixels}")
+                    size = f"{width} x {height} = {width * height} pixels"
+                    raise ValueError(f"{size}, more than max_pixels (--max-pixels) = {max_pixels}")
                 yield image
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not an image in a format that Pillow reads") from None
         # Pillow's decoders raise all of these on damaged files
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
             raise ValueError(f"{path}: {error}") from error
-        except Image.DecompressionBombError as error:
+        except Image.DecompressionBombError as error:  # a part, such as a TIFF's tile, far larger than the picture
             raise ValueError(f"{path}: {error}") from None
+
+
+def _open_header(stream: BinaryIO) -> Image.Image:
+    """`Image.open`, which reads the header alone, without Pillow's limit: it would hide a larger max_pixels."""
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(stream)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Uint8:
@@ -97,7 +110,7 @@ def read_labels(path: PathLike, *, palette: Uint8 | None = None, max_pixels: int
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGB", "RGBA"):
             if palette is None:
-                raise ValueError(f"an {image.mode} picture, not a label map: give palette=, or an indexed or grey PNG")
+                raise ValueError(f"a label map is an indexed or grey PNG, got {image.mode} colours and no palette of them")
             return _labels_of_colours(np.asarray(image.convert("RGB")), np.asarray(palette))
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise ValueError(f"pixels of type {image.mode}; a label map is an indexed or grey PNG")
@@ -198,7 +211,11 @@ def atomic_write(path: PathLike) -> Iterator[BinaryIO]:
     # opened by hand, as tempfile's would be unreadable to others whatever the umask says
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as stream:
+        file = open(temporary, "xb")  # noqa: SIM115  closed below; opened apart, so that only its own errors are caught
+    except OSError as error:  # it names the temporary file, which nobody asked for
+        raise type(error)(f"{path}: cannot write in folder {target.parent}: {error.strerror}") from error
+    try:
+        with file as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

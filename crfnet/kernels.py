@@ -54,11 +54,17 @@ class Kernel:
         if self.theta_guide is None and self.guide != "image":
             raise ValueError(f"kernel {self.name!r} needs theta_guide to compare its guide {self.guide!r} by, got None")
         for what in ("theta_position", "theta_guide"):
-            given = getattr(self, what)
-            several = list(given) if isinstance(given, Sequence) else [] if given is None else [given]
-            smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-            if (given is not None and not several) or not all(smallest <= theta <= largest for theta in several):
-                raise ValueError(f"{what} of kernel {self.name!r} must be positive and finite in float32, got {given}")
+            if getattr(self, what) is not None:
+                check_theta(f"{what} of kernel {self.name!r}", getattr(self, what))
+
+
+def check_theta(name: str, theta: float | Sequence[float]) -> None:
+    """Raise ValueError unless a bandwidth, or each of several, is a positive number that float32 can hold."""
+    several = list(theta) if isinstance(theta, Sequence) and not isinstance(theta, str) else [theta]
+    numbers = several and all(isinstance(number, (int, float)) for number in several)
+    limits = torch.finfo(torch.float32)
+    if not numbers or not all(limits.tiny <= number <= limits.max for number in several):
+        raise ValueError(f"{name} must be positive and finite in float32, got {theta!r}")
 
 
 class PairwiseKernel(nn.Module):

@@ -80,6 +80,9 @@ def refine_file(
         raise ValueError(f"give either probs or labels, got probs={probs!r} and labels={labels!r}")
     check_outputs([output, panel], [image, source], ".png", overwrite)
     check_outputs([save_probs], [image, source], ".npy", overwrite)
+    if not os.path.exists(source):
+        kind = "labels" if probs is None else "probabilities"
+        raise FileNotFoundError(f"no {kind} for {image}: wanted {source}")
     picture = images.read_image(image, max_pixels=max_pixels)
     shape = picture.shape[:2]
     if probs is not None:

@@ -46,12 +46,14 @@ class GaussianFilter:
         features: ``(B, N, D)``, each column divided by its bandwidth, so that 1 is one standard deviation. float16 and
             bfloat16 are filtered in float32.
         method: "exact" sums all pairs that matter, with an error bound; "lattice" approximates them in linear time on
-            the permutohedral lattice; "auto" is exact up to 4096 points and the lattice beyond.
+            the permutohedral lattice, to a few percent if normalised, but unnormalised ("none") its sums are off by
+            half on photographs; "auto" is exact up to 4096 points and the lattice beyond.
         normalization: "none", "before" K(v/n), "after" (Kv)/n or "symmetric" n^-1/2 K(n^-1/2 v), with n = K 1.
         mask: ``(B, N)`` bool, True where a point takes part; the others neither send nor receive and get 0, whatever
             their features and values, NaN included.
         tolerance: of the exact engine, the largest fraction of a row's kernel mass that it may leave out.
-        remove_self: leave out j = i, as the equations of the dense CRF do and its implementations do not.
+        remove_self: leave out j = i, as the equations of the dense CRF do and its implementations do not. What is left
+            is more sensitive to every error; on the lattice prefer "after" or "symmetric" with it.
 
     Attributes:
         method: the engine in use, "exact" or "lattice".
@@ -157,6 +159,8 @@ class GaussianFilter:
             raise TypeError(f"values must be a floating-point tensor, got {_kind(values)}")
         if values.ndim != 3 or tuple(values.shape[:2]) != self.shape:
             raise ValueError(f"values must be ({self.shape[0]}, {self.shape[1]}, C), got {tuple(values.shape)}")
+        if values.shape[2] == 0:
+            raise ValueError(f"values must have at least one channel, got {tuple(values.shape)}")
         if values.device != self._features.device:
             raise ValueError(f"values must be on {self._features.device} like the features, got {values.device}")
 

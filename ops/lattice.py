@@ -22,9 +22,9 @@ from torch.nn.functional import embedding_bag
 from .simplex import SPACING, VertexTable, locate
 
 # Splat and slice have variance 1/6 in a lattice whose total of 2/3 SPACING^-2 means sigma = 1; the blur (a, 1, a) adds
-# 2a / (1 + 2a), and a follows.
+# 2a / (1 + 2a), and a follows; on photographs a little more is best.
 _BLUR_VARIANCE = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
-_DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE)
+_DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE) + 0.01
 
 NEGLIGIBLE_ENERGY = 1e-3  # left out there: an error of 3 %, where the lattice's own is five to ten times that
 CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features

@@ -165,7 +165,7 @@ class GridFilter:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
         if mask is not None and (mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != self.N):
             raise ValueError(f"mask must be (B, {self.N}) bool, got {tuple(mask.shape)} {mask.dtype}")
-        theta = torch.as_tensor(theta)
+        theta = theta if isinstance(theta, Tensor) else torch.as_tensor(theta, dtype=torch.float64)
         if theta.ndim > 1 or (theta.ndim == 1 and len(theta) not in (1, len(self.shape))):
             raise ValueError(f"theta must be one number or {len(self.shape)}, one per axis, got {tuple(theta.shape)}")
         if not bool((theta.isfinite() & (theta > 0)).all()):

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-SPACING = 1 / 0.92  # of the lattice, in units of the usual one; README.md says why not 1
+SPACING = 1 / 0.89  # of the lattice, in units of the usual one; README.md says why not 1
 
 _KEY_LIMIT = 2**62  # vertex keys with a digit for each coordinate stay below this
 

@@ -1,7 +1,7 @@
 """DeepLab with a dense CRF on PASCAL VOC 2012: the DCNN alone, the CRF fitted to it, both trained as one.
 
     python recipes/voc_deeplab.py                                        # procedural scenes in VOC's layout, minutes
-    python recipes/voc_deeplab.py --dataset voc --root /data/VOCdevkit   # the real ones
+    python recipes/voc_deeplab.py --root /data/VOCdevkit                 # the real ones
     python recipes/voc_deeplab.py --dataset pairs --root /data/horses --num-classes 2
 
 Stage 1 trains an atrous DCNN of output stride 8. Stage 2 (piecewise, DeepLab) freezes it and searches the CRF's
@@ -47,8 +47,8 @@ START = time.perf_counter()
 class Config:
     """Settings of the recipe; the command line has a flag for each."""
 
-    dataset: Literal["synthetic", "voc", "pairs"] = "synthetic"
-    root: str = ""  # folder of the data; the scenes of "synthetic" are drawn there (default: below out)
+    dataset: Literal["auto", "synthetic", "voc", "pairs"] = "auto"  # auto: voc where a root is given, else synthetic
+    root: str = ""  # folder of the data; the scenes of synthetic are drawn below out
     num_classes: int = 21
     ignore_index: int = 255  # label of pixels without a class
     out: str = "runs/voc_deeplab"
@@ -212,13 +212,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # data: a part of train is held out for every choice, val is for the scores alone
     root: str | Path = config.root
-    if config.dataset == "synthetic":
-        root = write_voc(
-            root or out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5)
-        )
-    elif not root:
-        raise ValueError(f"dataset {config.dataset!r} needs the folder of its files: --root DIR")
-    listing = pairs_files if config.dataset == "pairs" else voc_files
+    dataset = ("voc" if root else "synthetic") if config.dataset == "auto" else config.dataset
+    if (dataset == "synthetic") == bool(root):
+        wanted = "no root: scenes are drawn below --out" if root else "the folder of its files: --root DIR"
+        raise ValueError(f"dataset {dataset!r} wants {wanted}, got {str(root)!r}")
+    if dataset == "synthetic":
+        root = write_voc(out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5))
+    log(f"data set {dataset}: {root}")
+    listing = pairs_files if dataset == "pairs" else voc_files
     files, val_files = listing(root, "train"), listing(root, "val")
     if not 1 <= config.held_out < len(files):
         raise ValueError(f"held_out must leave training images: wanted 1..{len(files) - 1}, got {config.held_out}")
@@ -229,7 +230,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     def read(part: list[tuple[Path, Path]], transform: Crop | None = None) -> Samples:
         return Samples(
             part, config.num_classes, ignore_index=config.ignore_index, transform=transform, seed=config.seed,
-            keep=config.dataset != "voc",  # small enough for the memory
+            keep=dataset != "voc",  # small enough for the memory
         )  # fmt: skip
 
     train = read([files[i] for i in order[config.held_out :]], crop)
@@ -279,9 +280,12 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main(Config())  # without flags it needs nothing beyond crfnet
-    else:
+    settings = Config()
+    if len(sys.argv) > 1:  # without flags it needs nothing beyond crfnet
         import tyro
 
-        main(tyro.cli(Config))
+        settings = tyro.cli(Config)
+    try:
+        main(settings)
+    except (ValueError, OSError) as error:  # what came with the data or the flags
+        sys.exit(f"voc_deeplab.py: {error}")

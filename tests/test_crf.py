@@ -959,6 +959,7 @@ BAD_CALLS = {
     ),
     "guide channels": ({"guides": {"depth": IMAGE}}, ValueError, r"depth .*2 channels.*got .*3"),
     "guide one channel": ({"guides": {"depth": IMAGE[:, :1]}}, ValueError, r"depth .*2 channels.*got .*1"),
+    "guide unused": ({"guides": {"depth": IMAGE[:, :2], "heat": IMAGE}}, ValueError, r"guides .*\['heat'\]"),
     "guide twice": ({"guides": {"depth": IMAGE[:, :2], "image": IMAGE}}, ValueError, "guides .*image"),
 }
 

@@ -127,3 +127,15 @@ def test_recipe_imports_without_tyro_and_tqdm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "batch_size [0, 1, 2]"
+
+
+def test_a_root_alone_is_a_voc_folder_and_is_left_as_it_was(recipe, scenes, tmp_path):
+    before = sorted(scenes.rglob("*"))
+    recipe.main(recipe.Config(root=str(scenes), out=str(tmp_path), **TINY))
+    assert sorted(scenes.rglob("*")) == before
+    assert not list(tmp_path.glob("scenes-*"))
+
+
+def test_scenes_are_never_drawn_into_a_given_folder(recipe, tmp_path):
+    with pytest.raises(ValueError, match="dataset 'synthetic' wants no root"):
+        recipe.main(recipe.Config(dataset="synthetic", root=str(tmp_path), out=str(tmp_path / "out"), **TINY))
