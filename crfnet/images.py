@@ -8,6 +8,7 @@ name the file.
 """
 
 import os
+import re
 import secrets
 import struct
 import threading
@@ -28,7 +29,7 @@ PathLike = str | os.PathLike[str]
 MAX_PIXELS = 100_000_000  # above any usual camera; a small file can unpack to gigabytes
 _COLOUR_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "RGBa"})
-_PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit, a global of its module, is lifted
+_PILLOW_LIMIT = threading.Lock()  # held while Pillow's own limit, a global of its module, is another
 _GREY_STEP = {"L;2": 85, "L;4": 17}  # Pillow stretches grey of 2 and 4 bits to 0..255; labels must not be stretched
 
 
@@ -45,7 +46,9 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
     with open(path, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels takes its place
         try:
-            with _open_header(stream) as image:
+            with _pillow_limit(max_pixels):
+                image = Image.open(stream)
+            with image:
                 width, height = image.size
                 if width * height > max_pixels:
                     size = f"{width} x {height} = {width * height} pixels"
@@ -56,18 +59,33 @@ def _opened(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
         # Pillow's decoders raise all of these on damaged files
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
             raise ValueError(f"{path}: {error}") from error
-        except Image.DecompressionBombError as error:  # a part, such as a TIFF's tile, far larger than the picture
-            raise ValueError(f"{path}: {error}") from None
+        except Image.DecompressionBombError as error:  # over twice the limit
+            found = re.search(r"\d+ pixels", str(error))
+            said = f"{found[0] if found else error}, more than max_pixels (--max-pixels) = {max_pixels}"
+            raise ValueError(f"{path}: {said}") from None
 
 
-def _open_header(stream: BinaryIO) -> Image.Image:
-    """`Image.open`, which reads the header alone, without Pillow's limit: it would hide a larger max_pixels."""
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Raise Pillow's own limit to ``max_pixels`` where it is lower; not off: some formats allocate when opened."""
     with _PILLOW_LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, max_pixels)
         try:
-            return Image.open(stream)
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(image: Image.Image, max_pixels: int) -> None:
+    """Unpack the pixels; only pictures over Pillow's limit, which some decoders ask again, wait for one another."""
+    with _PILLOW_LIMIT:
+        limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or image.width * image.height <= limit:
+        image.load()
+        return
+    with _pillow_limit(max_pixels):
+        image.load()
 
 
 def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Uint8:
@@ -80,7 +98,7 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Uint8:
             owner knows which range should become 0..255.
     """
     with _opened(path, max_pixels) as image:
-        image.load()
+        _load(image, max_pixels)
         if image.mode not in _COLOUR_MODES | _ALPHA_MODES:
             raise ValueError(f"pixels of type {image.mode}; convert them to 8-bit grey or RGB first")
         image = ImageOps.exif_transpose(image)
@@ -106,11 +124,11 @@ def read_labels(path: PathLike, *, palette: Uint8 | None = None, max_pixels: int
             raise ValueError("JPEG changes labels when it compresses them; a label map is an indexed or grey PNG")
         tiles = getattr(image, "tile", [])  # gone once the pixels are loaded
         step = _GREY_STEP.get(str(tiles[0][3]), 1) if tiles else 1
-        image.load()
+        _load(image, max_pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGB", "RGBA"):
             if palette is None:
-                raise ValueError(f"a label map is an indexed or grey PNG, got {image.mode} colours and no palette of them")
+                raise ValueError(f"a label map is an indexed or grey PNG, got {image.mode} without a palette")
             return _labels_of_colours(np.asarray(image.convert("RGB")), np.asarray(palette))
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise ValueError(f"pixels of type {image.mode}; a label map is an indexed or grey PNG")

@@ -225,7 +225,7 @@ BAD_FILES = {
     "colours": (
         lambda: images.write_image("labels/a.png", images.read_image("photos/a.png")),
         with_labels(),
-        r"labels.a\.png: a label map is an indexed or grey PNG, got RGB colours",
+        r"labels.a\.png: a label map is an indexed or grey PNG, got RGB without a palette",
     ),
     "small labels": (
         lambda: images.write_labels("labels/a.png", TRUTH[:, :9]),
