@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from .features import pixel_features
 from .ops import GaussianFilter, GridFilter
 from .ops.filter import Method
 from .ops.reference import Normalization
@@ -151,12 +152,7 @@ class PairwiseKernel(nn.Module):
                 f"{self.guide} must have {len(theta)} channels, one for each theta_guide of kernel {self.name!r} "
                 f"(theta_beta of the bilateral kernel), got {guide.shape[1]}"
             )
-        features = guide.flatten(2).mT.to(like) / theta.to(like)  # (B, N, G)
-        if self.theta_position is not None:
-            axes = [torch.arange(n, dtype=like.dtype, device=like.device) for n in shape]
-            positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(axes))  # (1, N, axes)
-            positions = (positions / self.theta_position.to(like)).expand(len(like), -1, -1)
-            features = torch.cat([positions, features], 2)
+        features = pixel_features(guide.to(like), None if width is None else width.to(like), theta.to(like))
         return GaussianFilter(features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self)
 
 

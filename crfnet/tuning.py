@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crfnet.features import pixel_features
 from crfnet.metrics import ConfusionMatrix
 from crfnet.ops import GaussianFilter, GridFilter
 from crfnet.ops.filter import Method
@@ -154,10 +155,7 @@ def _refine(
     """Labels (H, W) of one image for each point; all points share their three bandwidths."""
     L, H, W = logits.shape
     theta_alpha, theta_beta, theta_gamma = points[0].theta_alpha, points[0].theta_beta, points[0].theta_gamma
-    axes = [torch.arange(n, device=image.device, dtype=torch.float32) for n in (H, W)]
-    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 2)  # (N, 2)
-    colours = image.flatten(1).mT.float()  # (N, G)
-    features = torch.cat([positions / theta_alpha, colours / theta_beta], 1)[None]
+    features = pixel_features(image[None].float(), theta_alpha, theta_beta)
     bilateral = GaussianFilter(features, method=method, normalization="after")
     spatial = GridFilter((H, W), theta_gamma, normalization="after")
 

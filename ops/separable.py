@@ -42,22 +42,6 @@ def _fast(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
-def _convolve(
-    x: Tensor,  # (before, n, channels) contiguous
-    taps: Tensor,  # (2 radius + 1,)
-    padding: int,
-) -> Tensor:  # (before, n + 2 padding - 2 radius, channels) contiguous
-    before, n, channels = x.shape
-    image = x.view(1, before, n, channels).permute(0, 3, 1, 2)
-    kernel = taps.expand(channels, 1, 1, len(taps))
-    smooth = conv2d(image, kernel, padding=(0, padding), groups=channels)
-    return smooth.permute(0, 2, 3, 1).reshape(before, -1, channels)
-
-
-def _taps(theta: float, moment: int, radius: int) -> Tensor:
-    return _band(torch.arange(-radius, radius + 1), torch.zeros(1), theta, moment).float()
-
-
 def _smooth(
     x: Tensor,  # (before, n, after, C) contiguous
     theta: float,
@@ -67,8 +51,11 @@ def _smooth(
     before, n, after, C = x.shape
     radius = min(_radius(theta, moment, x.dtype), n - 1)
     if _fast(x):
-        smooth = _convolve(x.view(before, n, after * C), _taps(theta, moment, radius), radius)
-        return smooth.view(before, n, after, C)
+        channels = after * C
+        taps = _band(torch.arange(-radius, radius + 1), torch.zeros(1), theta, moment).to(x)
+        image = x.view(1, before, n, channels).permute(0, 3, 1, 2)
+        smooth = conv2d(image, taps.expand(channels, 1, 1, -1), padding=(0, radius), groups=channels)
+        return smooth.permute(0, 2, 3, 1).reshape(before, n, after, C)
     x = x.view(before, n, after * C)
     out = torch.empty_like(x)
     toeplitz = _toeplitz(theta, moment, radius, n).to(x)
@@ -217,6 +204,8 @@ class GridFilter:
     def send(self, values: Tensor) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
         """Filter values ``(B, N, C)`` piece by piece, without gradients, for callers that keep pieces in the cache.
 
+        The values are read as pieces are asked for, and must stay as they are until the last.
+
         Returns:
             a function of start and stop, points of ``(B N)`` that fill whole rows of one item: what they receive,
             ``(stop - start, C)``, and their factors ``(stop - start, 1)`` or None.
@@ -230,7 +219,8 @@ class GridFilter:
         rows = values.view(B, n, row * C)
         widths = self.theta.tolist()
         toeplitz = _toeplitz(widths[0], 0, min(_radius(widths[0], 0, values.dtype), n - 1), n).to(values)
-        factors = None if self._n is None else self._n.view(N).float().reciprocal()[:, None]
+        n_of_rows = None if self.normalization == "none" else self._row_sums() if self._n is None else self._n
+        factors = None if n_of_rows is None else n_of_rows.detach().view(N, 1).to(values).reciprocal()
 
         def receive(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
             item, first, last = start // N, start % N // row, (stop - 1) % N // row + 1

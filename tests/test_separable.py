@@ -168,3 +168,14 @@ def test_values_of_the_wrong_shape(values):
 def test_values_of_the_wrong_dtype():
     with pytest.raises(ValueError, match="values must be float32 or float64, got torch.float16"):
         GridFilter((3, 4), 1.0)(torch.ones(1, 12, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("normalization", ["none", "after", "symmetric"])
+def test_pieces_are_those_of_the_whole_even_where_theta_is_learnt(normalization):
+    values = torch.rand(2, 60, 3, generator=torch.Generator().manual_seed(0))
+    grid = GridFilter((12, 5), torch.tensor(1.5, dtype=torch.float64, requires_grad=True), normalization=normalization)
+    with torch.no_grad():
+        whole, receive = grid(values).flatten(0, 1), grid.send(values)
+        for start, stop in [(0, 15), (15, 60), (60, 120)]:
+            received, factor = receive(start, stop)
+            torch.testing.assert_close(received if factor is None else received * factor, whole[start:stop])
