@@ -18,8 +18,9 @@ from typing import Any, TextIO
 
 from crfnet import __version__, dense_crf
 from crfnet.batch import plan, run
-from crfnet.doctor import describe, examine
+from crfnet.doctor import compile_kernels, describe, examine
 from crfnet.ops import METHODS, NORMALIZATIONS
+from crfnet.ops.gpu.target import TARGETS
 from crfnet.refine import Refined, refine_file
 
 _FILE_OPTIONS = ("logits", "num_classes", "confidence", "ignore_label", "max_pixels")
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what is installed, and check each engine against its definition")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--compile",
+        nargs="?",
+        choices=("all", *TARGETS),
+        const="all",
+        metavar="CHIP",
+        help=f"compile every GPU kernel as well, no GPU needed; for one of {', '.join(TARGETS)}, or all (default)",
+    )
     return parser
 
 
@@ -173,6 +182,9 @@ def _whole(low: int, high: int = 2**62) -> Callable[[str], int]:
 
 def _doctor(args: argparse.Namespace) -> int:
     report = examine()
+    if args.compile:
+        built = compile_kernels(tuple(TARGETS) if args.compile == "all" else (args.compile,))
+        report |= {"kernels": built["kernels"], "healthy": report["healthy"] and built["healthy"]}
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 0 if report["healthy"] else 1
 

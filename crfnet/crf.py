@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .inference import infer
 from .inputs import Inputs, among, check_inputs, kind, whole_number
 from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, check_theta, positive, store
-from .meanfield import Term, mean_field, update
-from .ops.filter import METHODS, Method
+from .meanfield import Term, factors, mean_field, update
+from .ops.gpu import host_may_read, serves
+from .ops.operator import METHODS, PRECISIONS, Method, Precision
 from .ops.reference import NORMALIZATIONS, Normalization
 
 Compatibility = Literal["potts", "per_class", "full"]
@@ -59,11 +60,12 @@ class DenseCRF(nn.Module):
             ``theta_beta`` counts in. None takes any guide as it is, with ``theta_beta`` in the guide's own unit.
         engine: "exact", "lattice" or "auto", for the kernels that have a guide; see :class:`crfnet.ops.GaussianFilter`.
             The spatial kernel is always exact, one separable pass an axis.
+        precision: "float32", "tf32" or "fp16", of the exact engine's products on a GPU; likewise.
         checkpoint: in training, recompute each iteration in backward instead of storing its messages.
-        label_tolerance: where no gradients are wanted and couplings are Potts or per class, labels whose messages
-            together change no marginal by this much in an iteration are taken as one, which saves most of the time
-            when few of many classes occur. Results differ by far less, except at pixels on the very brink between two
-            labels. 0 keeps every label for itself.
+        label_tolerance: on a CPU, where no gradients are wanted and couplings are Potts or per class, labels whose
+            messages together change no marginal by this much in an iteration are taken as one, which saves most of the
+            time when few of many classes occur. Results differ by far less, except at pixels on the very brink between
+            two labels. 0 keeps every label for itself.
 
     Shape:
         logits ``(B, C, *S)`` with 1 to 3 axes S, image ``(B, G, *S)`` with any number of channels G, mask ``(B, *S)``
@@ -102,6 +104,7 @@ class DenseCRF(nn.Module):
         remove_self: bool = False,
         image_range: tuple[float, float] | None = (0.0, 255.0),
         engine: Method = "auto",
+        precision: Precision = "tf32",
         checkpoint: bool = False,
         label_tolerance: float = 1e-2,
     ) -> None:
@@ -109,6 +112,7 @@ class DenseCRF(nn.Module):
         among("weights", weights, WEIGHTS)
         among("normalization", normalization, NORMALIZATIONS)
         among("engine", engine, METHODS)
+        among("precision", precision, PRECISIONS)
         for name in [learn] if isinstance(learn, str) else learn:
             among("learn", name, LEARNABLE)
         whole_number("num_iterations", num_iterations, 0)
@@ -125,7 +129,7 @@ class DenseCRF(nn.Module):
         self.num_classes = num_classes
         self.num_iterations, self.num_iterations_eval = int(num_iterations), int(num_iterations_eval)
         self.damping, self.normalization, self.remove_self = damping, normalization, remove_self
-        self.image_range, self.engine = image_range, engine
+        self.image_range, self.engine, self.precision = image_range, engine, precision
         self.checkpoint, self.label_tolerance = checkpoint, label_tolerance
         for name, theta in (("theta_alpha", theta_alpha), ("theta_beta", theta_beta), ("theta_gamma", theta_gamma)):
             check_theta(name, theta)
@@ -201,7 +205,8 @@ class DenseCRF(nn.Module):
         thetas = [theta for _, kernel in self._kernels() for theta in (kernel.theta_position, kernel.theta_guide)]
         sources = [inputs.logits, *inputs.guides.values(), *(term.coupling for term in terms), *thetas]
         gradients = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in sources)
-        if self.normalization == "after" and self.damping == 0.0 and not gradients:
+        eager_on_cpu = host_may_read(inputs.logits) and not inputs.logits.is_cuda and not serves(inputs.logits)
+        if self.normalization == "after" and self.damping == 0.0 and not gradients and eager_on_cpu:
             row = math.prod(inputs.shape[1:])
             return infer(inputs.logits, terms, count, row=row, label_tolerance=self.label_tolerance)
         return mean_field(inputs.logits, terms, count, damping=self.damping, recompute=self.checkpoint and gradients)
@@ -223,6 +228,7 @@ class DenseCRF(nn.Module):
                 engine=self.engine,
                 normalization=self.normalization,
                 remove_self=self.remove_self,
+                precision=self.precision,
             )
             terms.append(Term(message_filter, self._coupling(kernel).to(inputs.logits)))
         return terms
@@ -295,10 +301,11 @@ class DenseCRF(nn.Module):
         whole_number("num_iterations", count, 0)
         with torch.autocast(logits.device.type, enabled=False):
             terms = self._terms(inputs)
+            normalizers = factors(inputs.logits, terms)
             energy, q = inputs.logits, inputs.logits.softmax(2)
             values, changes = [self._free_energy(inputs, energy, terms)], [energy.new_zeros(len(energy))]
             for _ in range(count):
-                energy = torch.lerp(update(inputs.logits, q, terms), energy, self.damping)
+                energy = torch.lerp(update(inputs.logits, q, terms, normalizers), energy, self.damping)
                 previous, q = q, energy.softmax(2)
                 values.append(self._free_energy(inputs, energy, terms))
                 changes.append((q - previous).abs().amax((1, 2)))
@@ -344,6 +351,7 @@ def dense_crf(
     mask: Tensor | None = None,
     image_range: tuple[float, float] | None = (0.0, 255.0),
     engine: Method = "auto",
+    precision: Precision = "tf32",
     compatibility: Compatibility | Tensor = "potts",
     label_tolerance: float = 1e-2,
 ) -> Tensor:
@@ -356,7 +364,7 @@ def dense_crf(
         num_iterations: mean-field updates.
         mask: ``(B, *S)`` bool, True where a pixel takes part.
         theta_alpha, theta_beta, theta_gamma, spatial_weight, bilateral_weight, normalization, image_range, engine,
-            compatibility, label_tolerance: as for :class:`DenseCRF`.
+            precision, compatibility, label_tolerance: as for :class:`DenseCRF`.
 
     Returns:
         ``(B, C, *S)``: ``.softmax(1)`` are the marginals, ``.argmax(1)`` the labels.
@@ -383,6 +391,7 @@ def dense_crf(
         normalization=normalization,
         image_range=image_range,
         engine=engine,
+        precision=precision,
         label_tolerance=label_tolerance,
     )
     out: Tensor = crf.to(logits.device).eval()(logits, image, mask)

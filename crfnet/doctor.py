@@ -1,7 +1,12 @@
-"""What is installed, and whether every engine computes here what its definition says: behind ``crfnet doctor``."""
+"""What is installed, and whether every engine computes here what its definition says: behind ``crfnet doctor``.
 
+`examine` does that; `compile_kernels` builds the GPU kernels for every chip they ship for, which needs none of them.
+"""
+
+import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,8 @@ from torch import Tensor
 
 import crfnet
 from crfnet.ops import GridFilter, gaussian_filter, reference
+from crfnet.ops.gpu import serves
+from crfnet.ops.gpu.target import TARGETS, target_of
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "tqdm", "tyro")
 
@@ -26,7 +33,8 @@ def examine() -> dict[str, Any]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         model = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        devices.append({"name": f"cuda:{index}", "model": model})
+        kernels = target_of(torch.empty(0, device=f"cuda:{index}")).name
+        devices.append({"name": f"cuda:{index}", "model": model, "kernels": kernels})
     checks = [_check(engine, device["name"]) for device in devices for engine in LIMITS]
     return {
         "crfnet": crfnet.__version__,
@@ -50,7 +58,11 @@ def describe(report: dict[str, Any]) -> str:
         f"Python {report['python']} on {report['platform']}",
         packages,
         f"{report['threads']} torch threads, {report['processors']} processors",
-        *(f"device {device['name']}: {device['model']}" for device in report["devices"]),
+        *(
+            f"device {device['name']}: {device['model']}" + (f", kernels for {kernels}" if kernels else "")
+            for device in report["devices"]
+            for kernels in [device.get("kernels")]
+        ),
     ]
     for check in report["engines"]:
         found = (
@@ -58,9 +70,40 @@ def describe(report: dict[str, Any]) -> str:
             if "error" in check
             else check["reason"]
         )
-        lines.append(f"{'ok    ' if check['ok'] else 'BROKEN'} engine {check['engine']} on {check['device']}: {found}")
+        by = " in Triton" if check.get("triton") else ""
+        lines.append(f"{_verdict(check['ok'])} engine {check['engine']} on {check['device']}{by}: {found}")
+    for kernel in report.get("kernels", ()):
+        lines += _lines_of_kernel(kernel)
     lines.append("everything works" if report["healthy"] else "something is broken: see above")
     return "\n".join(lines)
+
+
+def compile_kernels(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
+    """What compiling every kernel that ships for the targets gives, kernel by kernel; ``healthy`` if all is well."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "nothing compiled: Triton is not installed"
+        return {"kernels": [{"target": name, "reason": reason} for name in targets], "healthy": False}
+    from crfnet.ops.gpu import aot
+
+    reports = aot.compile_all(targets)
+    return {"kernels": aot.by_kernel(reports), "healthy": all(report.ok for report in reports)}
+
+
+def _lines_of_kernel(kernel: dict[str, Any]) -> list[str]:
+    if "reason" in kernel:
+        return [f"{_verdict(False)} kernels for {kernel['target']}: {kernel['reason']}"]
+    known = kernel["registers"] is not None
+    need = f"{kernel['registers']} registers, {kernel['spills']} bytes spilled" if known else "registers not known"
+    shared = f"{(kernel['shared'] or 0) / 1024:.0f} KiB shared"
+    instructions = "".join(f", {name}" for name in kernel["instructions"])
+    builds = "1 build," if kernel["builds"] == 1 else f"{kernel['builds']} builds, at most"
+    place = f"{_verdict(not kernel['faults'])} kernel {kernel['kernel']} for {kernel['target']}"
+    first = f"{place}: {builds} {need}, {shared}{instructions}"
+    return [first, *(f"       {fault['constants']}: {fault['why']}" for fault in kernel["faults"])]
+
+
+def _verdict(ok: bool) -> str:
+    return "ok    " if ok else "BROKEN"
 
 
 def _version(name: str) -> str | None:
@@ -82,7 +125,9 @@ def _check(engine: str, device: str) -> dict[str, Any]:
     values = torch.stack([position[:, 0] > SIDE / 2, position[:, 1] > SIDE / 3], 1).float()
     truth = reference.gaussian_filter(features[None].double(), values[None].double(), normalization="after")
     try:
-        found = _filter(engine, features[None].to(device), values[None].to(device)).cpu()
+        there = values[None].to(device)
+        check["triton"] = serves(there)
+        found = _filter(engine, features[None].to(device), there).cpu()
     except Exception as error:  # whatever it is, this is the place to show it
         return {**check, "ok": False, "reason": f"{type(error).__name__}: {error}"}
     check["error"] = float((found - truth).norm() / truth.norm())

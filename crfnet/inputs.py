@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .ops.gpu import host_may_read
 
 
 class Inputs(NamedTuple):
@@ -40,7 +43,10 @@ def check_inputs(
     guides: Mapping[str, Tensor],
     image_range: tuple[float, float] | None,
 ) -> Inputs:
-    """Check everything, scale the image to 0..255 by its range, and bring all to one dtype."""
+    """Check everything, scale the image to 0..255 by its range, and bring all to one dtype.
+
+    Values are not looked at while a graph is compiled or captured: the host cannot read them then.
+    """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"logits must be a floating-point tensor, got {kind(logits)}")
     if not 3 <= logits.ndim <= 5 or logits.shape[1] != num_classes or 0 in logits.shape:
@@ -57,7 +63,7 @@ def check_inputs(
     inside = None if mask is None else mask.unsqueeze(1)
     if inside is not None:
         logits = logits.masked_fill(~inside, 0)
-    if not _finite(logits):
+    if not all(map(math.isfinite, _extremes(logits))):
         raise ValueError(
             "logits must be finite, got NaN or infinity; for the logarithm of probabilities that may be 0 there is "
             "crfnet.logits_from_probabilities"
@@ -68,19 +74,24 @@ def check_inputs(
         guide = guide.to(dtype)
         if inside is not None:
             guide = torch.where(inside, guide, guide.new_zeros(()) if image_range is None else float(image_range[0]))
-        if not _finite(guide):
+        low, high = _extremes(guide)
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got NaN or infinity; a mask leaves pixels without data out")
         if name == "image" and image_range is not None:
-            _check_range(image, guide, *image_range)
+            if host_may_read(guide):
+                _check_range(low, high, image.is_floating_point(), *image_range)
             guide = (guide - image_range[0]) * (255.0 / (image_range[1] - image_range[0]))
         checked[name] = guide
     flat_mask = None if mask is None else mask.flatten(1)
     return Inputs(logits.to(dtype).flatten(2).mT, checked, flat_mask, tuple(logits.shape[2:]))
 
 
-def _finite(values: Tensor) -> bool:
-    low, high = values.detach().aminmax()  # NaN wherever there is one
-    return bool(low.isfinite() & high.isfinite())
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """Least and greatest value, NaN where there is one; (0, 0) where the host may not read them."""
+    if not host_may_read(values):
+        return 0.0, 0.0
+    low, high = torch.stack(values.detach().aminmax()).tolist()  # one wait for a GPU, not two
+    return low, high
 
 
 def _check_mask(mask: Tensor, logits: Tensor) -> None:
@@ -91,7 +102,7 @@ def _check_mask(mask: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"mask must be {wanted} on {logits.device} like the logits, got {tuple(mask.shape)} on {mask.device}"
         )
-    if not bool(mask.flatten(1).any(1).all()):
+    if host_may_read(mask) and not bool(mask.flatten(1).any(1).all()):
         empty = int((~mask.flatten(1).any(1)).nonzero()[0])
         raise ValueError(f"mask must leave at least one pixel in every image, got none in image {empty}")
 
@@ -107,8 +118,7 @@ def _check_guide(name: str, guide: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must be on {logits.device} like the logits, got {guide.device}")
 
 
-def _check_range(given: Tensor, image: Tensor, black: float, white: float) -> None:
-    low, high = float(image.detach().min()), float(image.detach().max())
+def _check_range(low: float, high: float, real: bool, black: float, white: float) -> None:
     slack = 1e-3 * (white - black)  # resampling overshoots a little
     if low < black - slack or high > white + slack:
         hint = "; was its mean subtracted?" if low < black - slack else ""
@@ -116,7 +126,7 @@ def _check_range(given: Tensor, image: Tensor, black: float, white: float) -> No
             f"image must lie in image_range {black:g}..{white:g}, got {low:g} to {high:g}{hint} "
             "(image_range=None takes any guide as it is)"
         )
-    if given.is_floating_point() and white == 255.0 and low < high <= 1.0:
+    if real and white == 255.0 and low < high <= 1.0:
         warnings.warn(
             f"image spans {low:g} to {high:g} of image_range {black:g}..{white:g}: "
             "if white is 1, pass image_range=(0, 1)",

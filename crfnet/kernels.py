@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .features import pixel_features
 from .ops import GaussianFilter, GridFilter
-from .ops.filter import Method
+from .ops.gpu import host_may_read
+from .ops.operator import Method, Precision
 from .ops.reference import Normalization
 
 Weights = Literal["scalar", "per_class", "full"]
@@ -121,7 +122,8 @@ class PairwiseKernel(nn.Module):
 
     def silent(self) -> bool:
         """Whether the kernel has weight 0 and no way to change it, so that nobody need filter with it."""
-        return not self.learns_weight and not bool(self.weights().any())
+        weights = self.weights()
+        return not self.learns_weight and host_may_read(weights) and not bool(weights.any())
 
     def filter(
         self,
@@ -133,6 +135,7 @@ class PairwiseKernel(nn.Module):
         engine: Method,
         normalization: Normalization,
         remove_self: bool,
+        precision: Precision,
     ) -> GaussianFilter | GridFilter:
         """Build the filter, ``(B, N, C)`` to ``(B, N, C)``, that passes this kernel's messages."""
         width = self.theta_position
@@ -153,7 +156,14 @@ class PairwiseKernel(nn.Module):
                 f"(theta_beta of the bilateral kernel), got {guide.shape[1]}"
             )
         features = pixel_features(guide.to(like), None if width is None else width.to(like), theta.to(like))
-        return GaussianFilter(features, method=engine, normalization=normalization, mask=mask, remove_self=remove_self)
+        return GaussianFilter(
+            features,
+            method=engine,
+            normalization=normalization,
+            mask=mask,
+            remove_self=remove_self,
+            precision=precision,
+        )
 
 
 def positive(logarithm: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Sources: Krähenbühl and Koltun, arXiv:1210.5644, Algorithm 1; Zheng et al., ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .ops import GaussianFilter, GridFilter
+from .ops.step import step
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,17 @@ class Term:
     coupling: Tensor  # (C,) strengths: what hearing one's own label is worth; or (C, C): what hearing label b costs a
 
 
-def update(logits: Tensor, q: Tensor, terms: Sequence[Term]) -> Tensor:
-    """The new logits of the marginals, ``(B, N, C)``, from the marginals ``q``."""
-    energy = logits
-    for term in terms:
-        message = term.filter(q)
-        if term.coupling.ndim == 1:
-            energy = torch.addcmul(energy, message, term.coupling)
-        else:
-            energy = energy - message @ term.coupling.mT
-    return energy
+def factors(logits: Tensor, terms: Sequence[Term]) -> list[Tensor | None]:
+    """What the messages of each term are normalised by where the receiver does it; the same in every update."""
+    return [term.filter.factor(logits) for term in terms]
+
+
+def update(
+    logits: Tensor, q: Tensor, terms: Sequence[Term], factors: Sequence[Tensor | None], *, marginals: bool = False
+) -> Tensor:
+    """The new logits of the marginals, ``(B, N, C)``, from the marginals ``q``; or the new marginals themselves."""
+    messages = [term.filter.message(q) for term in terms]
+    return step(logits, messages, factors, [term.coupling for term in terms], marginals=marginals)
 
 
 def mean_field(
@@ -50,12 +52,30 @@ def mean_field(
     Damping ``d`` moves the logits of the marginals only ``1 - d`` of the way; the fixed points stay the same.
     """
 
-    def step(energy: Tensor) -> Tensor:
-        new = update(logits, energy.softmax(2), terms)
-        return new if damping == 0.0 else torch.lerp(new, energy, damping)
+    def run(function: Callable[..., Tensor], *inputs: Tensor | bool) -> Tensor:
+        return checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs)
+
+    def damped(energy: Tensor) -> Tensor:
+        return torch.lerp(update(logits, softmax(energy), terms, normalizers), energy, damping)
+
+    def undamped(q: Tensor, last: bool) -> Tensor:
+        return update(logits, q, terms, normalizers, marginals=not last)
 
     logits = logits.contiguous()
-    energy = logits if num_iterations else logits.clone()  # the result is the caller's own
-    for _ in range(num_iterations):
-        energy = checkpoint(step, energy, use_reentrant=False) if recompute else step(energy)
-    return energy
+    if num_iterations == 0:
+        return logits.clone()  # the result is the caller's own
+    normalizers = factors(logits, terms)
+    if damping > 0.0:
+        energy = logits
+        for _ in range(num_iterations):
+            energy = run(damped, energy)
+        return energy
+    q = softmax(logits)
+    for iteration in range(num_iterations):
+        q = run(undamped, q, iteration + 1 == num_iterations)
+    return q  # of the last iteration the logits
+
+
+def softmax(energy: Tensor) -> Tensor:
+    """The marginals, ``(B, N, C)``."""
+    return step(energy, [], [], [], marginals=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from crfnet.features import pixel_features
 from crfnet.metrics import ConfusionMatrix
 from crfnet.ops import GaussianFilter, GridFilter
-from crfnet.ops.filter import Method
+from crfnet.ops.operator import Method
 
 MAX_CHANNELS = 128  # marginals filtered together: bounds memory at 128 floats a pixel per temporary
 

@@ -7,7 +7,8 @@ if __name__ != "crfnet.ops":  # an op registered twice would replace the first i
     raise ImportError("import crfnet.ops; the folder ops/ is only its source")
 
 from . import reference
-from .filter import METHODS, GaussianFilter, gaussian_filter
+from .filter import GaussianFilter, gaussian_filter
+from .operator import METHODS
 from .reference import NORMALIZATIONS
 from .separable import GridFilter
 

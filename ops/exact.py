@@ -12,8 +12,10 @@ rounding of 85². Both tiles are centred on the row tile first, after which the 
 to the square of that tile's radius; the few tiles too wide for this take the differences before the squares.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +104,33 @@ class ExactEngine:
         self._columns, self.error_bound = self._choose_pairs(low, high, sizes, item)
         computed = sum(n * int(sizes[columns].sum()) for n, columns in zip(sizes.tolist(), self._columns, strict=True))
         self.kept_fraction = computed / max(1, sum(n * n for n in counts))
+
+    def plan(self) -> list[Tensor]:
+        """The tensors that `from_plan` makes the same engine from."""
+        columns = torch.cat(self._columns) if self._columns else self._source.new_empty(0)
+        counts = torch.tensor([len(part) for part in self._columns], device=columns.device)
+        wide = torch.tensor(self._wide, device=columns.device)
+        return [self._source, self._real, self._features, self._centre, self._receivers, wide, columns, counts]
+
+    @classmethod
+    def from_plan(
+        cls, plan: Sequence[Tensor], features: Tensor, counts: list[int], precision: object = None
+    ) -> ExactEngine:
+        """The engine that was built from these features and counts, without its bounds."""
+        engine = cls.__new__(cls)
+        (engine.P, engine.D), engine.tile = features.shape, plan[0].shape[1]
+        engine._source, engine._real, engine._features, engine._centre, engine._receivers, wide, columns, rows = plan
+        engine._wide, engine._columns = wide.tolist(), list(columns.split(rows.tolist()))
+        engine._strip_tiles = max(1, min(CHUNK // engine.tile, len(wide)))
+        return engine
+
+    @staticmethod
+    def plan_sizes(P: int, D: int, items: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Of each tensor of the plan the largest shape, and its dtype; None for that of the features."""
+        T = (P + TILE - 1) // TILE + items  # every item may end in a short tile
+        tiles = [((T, TILE), torch.int64), ((T, TILE), torch.bool), ((T, TILE, D), None)]
+        pairs = [((T * T,), torch.int64), ((T,), torch.int64)]
+        return [*tiles, ((T, D), None), ((T, TILE, D + 2), None), ((T,), torch.bool), *pairs]
 
     def _choose_pairs(
         self,

@@ -9,34 +9,17 @@ that holds for every engine lives here: checks, masks, the removal of self-messa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exact import ExactEngine
+from .gpu import host_may_read
 from .lattice import LatticeEngine
+from .operator import METHODS, PRECISIONS, Engine, Method, Operator, Precision
 from .reference import EPS, NORMALIZATIONS, SELF_FLOOR, Normalization, normalized
-
-Method = Literal["auto", "exact", "lattice"]
-METHODS: tuple[str, ...] = get_args(Method)
-
-AUTO_EXACT_POINTS = 4096  # up to here "auto" computes all pairs: tens of milliseconds on a CPU, and no error to discuss
-MAX_FEATURE = 1e6  # bandwidths from the origin; beyond, float32 positions are no longer fractions of a bandwidth
-
-
-class Engine(Protocol):
-    """What computes K v for points that are known to be good: packed, finite, without masked ones, detached."""
-
-    def apply(self, values: Tensor, transpose: bool = False) -> Tensor:
-        """K v or K^T v, ``(P, C)`` to ``(P, C)``."""
-
-    def feature_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
-        """``(P, D)``: gradient of ``sum(grad * apply(values))`` with respect to the features."""
-
-    def diagonal(self) -> Tensor:
-        """``(P,)``: K_ii."""
+from .traced import TracedOperator
 
 
 class GaussianFilter:
@@ -54,9 +37,9 @@ class GaussianFilter:
         tolerance: of the exact engine, the largest fraction of a row's kernel mass that it may leave out.
         remove_self: leave out j = i, as the equations of the dense CRF do and its implementations do not. What is left
             is more sensitive to every error; on the lattice prefer "after" or "symmetric" with it.
-
-    Attributes:
-        method: the engine in use, "exact" or "lattice".
+        precision: of products of kernel entries and values in the exact engine on a GPU: "float32", or with matrix
+            units "tf32" or "fp16", whose operands have 10 bits after the point; `error_bound` includes it. Everything
+            else is float32 anyway, and a CPU knows nothing else.
 
     Gradients reach the values, exactly transposed, and the features; see ``ops/README.md`` for which gradient.
 
@@ -76,41 +59,42 @@ class GaussianFilter:
         mask: Tensor | None = None,
         tolerance: float = 3e-4,
         remove_self: bool = False,
+        precision: Precision = "tf32",
     ) -> None:
         _check_features(features, mask)
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         if not 0.0 < tolerance < 1.0:
             raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
         self.shape = tuple(features.shape[:2])
         self.normalization, self.remove_self = normalization, remove_self
-        B, N, D = features.shape
-        features = features.reshape(B * N, D)
-        self._inside: Tensor | None = None  # rows of (B N) that take part; None for all
-        counts = [N] * B
-        if mask is not None and not bool(mask.all()):
-            self._inside = mask.reshape(-1).nonzero().view(-1)
-            features = features[self._inside]
-            counts = mask.sum(1).tolist()
         self._features = features.to(torch.promote_types(features.dtype, torch.float32))
-        points = self._features.detach().contiguous()
-        largest = float(points.abs().max())
-        if not largest <= MAX_FEATURE:  # NaN too
-            raise ValueError(
-                f"features must be finite and at most {MAX_FEATURE:g} bandwidths from 0, got {largest:g}; "
-                "is a bandwidth too small, or a pixel NaN that a mask should leave out?"
+        with torch.autocast(features.device.type, enabled=False):
+            kind = TracedOperator if torch.compiler.is_compiling() else Operator
+            self._operator: Operator | TracedOperator = kind(
+                self._features,
+                mask,
+                method=method,
+                tolerance=tolerance,
+                precision=precision,
+                remove_self=remove_self,
             )
-        if method == "auto":
-            method = "exact" if max(counts) <= AUTO_EXACT_POINTS else "lattice"
-        self.method = method
-        with torch.autocast(points.device.type, enabled=False):
-            self.engine: Engine = (
-                ExactEngine(points, counts, tolerance) if method == "exact" else LatticeEngine(points, counts)
-            )
-            self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
-        self._row_sums: Tensor | None = None  # (P, 1) n = K 1, kept where it carries no gradient
+        self._row_sums: Tensor | None = None  # (B, N, 1) n = K 1, kept where it carries no gradient
+
+    @property
+    def method(self) -> str:
+        """The engine in use, "exact" or "lattice"."""
+        return self._operator.method
+
+    @property
+    def engine(self) -> Engine:
+        """What computes K v for the points that take part."""
+        assert isinstance(self._operator, Operator)  # a compiled graph carries its tensors only
+        return self._operator.engine
 
     @property
     def error_bound(self) -> float | None:
@@ -118,20 +102,30 @@ class GaussianFilter:
 
         That is for "none"; None for the lattice, which guarantees nothing.
         """
-        engine = self.engine
-        return engine.error_bound + engine.rounding_bound if isinstance(engine, ExactEngine) else None
+        if self.method == "lattice":
+            return None
+        engine: Any = self.engine
+        return float(engine.error_bound + engine.rounding_bound)
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``(B, N, C)`` of any floating dtype; the result has their shape and dtype."""
         self._check_values(values)
         with torch.autocast(values.device.type, enabled=False):
-            packed = values.reshape(-1, values.shape[2])
-            if self._inside is not None:
-                packed = packed[self._inside]
-            out = normalized(self._apply, packed.to(self._features), self._sums(), self.normalization)
-            if self._inside is not None:
-                out = out.new_zeros(values.shape[:2].numel(), out.shape[1]).index_copy(0, self._inside, out)
-        return out.view(values.shape).to(values.dtype)
+            out = normalized(self._apply, values.to(self._features.dtype), self._sums(), self.normalization)
+        return out.to(values.dtype)
+
+    def factor(self, like: Tensor) -> Tensor | None:
+        """What a `message` still has to be multiplied by, ``(B, N, 1)``, or None. Prepares the row sums in any case."""
+        sums = self._sums()
+        return sums.clamp(min=EPS).reciprocal() if sums is not None and self.normalization == "after" else None
+
+    def message(self, values: Tensor) -> Tensor:
+        """The same but for `factor`, for callers who multiply by something anyway."""
+        if self.normalization != "after":
+            return self(values)
+        self._check_values(values)
+        with torch.autocast(values.device.type, enabled=False):
+            return self._apply(values.to(self._features.dtype))
 
     def send(self, values: Tensor) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
         """Filter values ``(B, N, C)`` piece by piece, without gradients, for callers that keep pieces in the cache.
@@ -140,15 +134,17 @@ class GaussianFilter:
             a function of start and stop, points of ``(B N)``: what they receive, ``(stop - start, C)``, and their
             factors ``(stop - start, 1)`` or None.
         """
-        simple = self._inside is None and not self.remove_self and self.normalization in ("none", "after")
-        if not (simple and isinstance(self.engine, LatticeEngine) and values.dtype == self._features.dtype):
+        operator = self._operator
+        engine = operator.engine if isinstance(operator, Operator) and operator.inside is None else None
+        simple = not self.remove_self and self.normalization in ("none", "after")
+        if not (simple and isinstance(engine, LatticeEngine) and values.dtype == self._features.dtype):
             out = self(values).flatten(0, 1)
             return lambda start, stop: (out[start:stop], None)
         self._check_values(values)
         with torch.autocast(values.device.type, enabled=False):
-            engine, sums = self.engine, self._sums()
+            sums = self._sums()
             lattice = engine.send(values.flatten(0, 1))
-        factors = None if sums is None else sums.clamp(min=EPS).reciprocal()
+        factors = None if sums is None else sums.clamp(min=EPS).reciprocal().flatten(0, 1)
         return lambda start, stop: (
             engine.receive(lattice, start, stop),
             None if factors is None else factors[start:stop],
@@ -164,16 +160,19 @@ class GaussianFilter:
         if values.device != self._features.device:
             raise ValueError(f"values must be on {self._features.device} like the features, got {values.device}")
 
-    def _apply(self, values: Tensor) -> Tensor:  # (P, C) → (P, C)
-        out: Tensor = _Apply.apply(self._features, values, self.engine)
-        return out if self._diagonal is None else out - self._diagonal * values
+    def _apply(self, values: Tensor) -> Tensor:  # (B, N, C) → (B, N, C)
+        operator = self._operator
+        if isinstance(operator, TracedOperator):
+            return operator.apply(self._features, values)
+        out: Tensor = _Apply.apply(self._features, values, operator)
+        return out
 
     def _sums(self) -> Tensor | None:
         if self.normalization == "none":
             return None
         if self._row_sums is not None:
             return self._row_sums
-        n = self._apply(self._features.new_ones(len(self._features), 1))
+        n = self._apply(self._features.new_ones(*self.shape, 1))
         if self.remove_self:
             n = n.clamp(min=SELF_FLOOR)
         if not self._features.requires_grad:
@@ -190,10 +189,17 @@ def gaussian_filter(
     mask: Tensor | None = None,
     tolerance: float = 3e-4,
     remove_self: bool = False,
+    precision: Precision = "tf32",
 ) -> Tensor:
     """Filter values ``(B, N, C)`` once with features ``(B, N, D)``; see :class:`GaussianFilter` for the arguments."""
     build = GaussianFilter(
-        features, method=method, normalization=normalization, mask=mask, tolerance=tolerance, remove_self=remove_self
+        features,
+        method=method,
+        normalization=normalization,
+        mask=mask,
+        tolerance=tolerance,
+        remove_self=remove_self,
+        precision=precision,
     )
     return build(values)
 
@@ -202,19 +208,17 @@ class _Apply(torch.autograd.Function):
     """values ↦ K values, with gradients to the values (K^T g) and to the features that K was built from."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, values: Tensor, engine: Engine) -> Tensor:
-        ctx.engine = engine
-        values = values.contiguous()
+    def forward(ctx: Any, features: Tensor, values: Tensor, operator: Operator) -> Tensor:
+        ctx.operator = operator
         ctx.save_for_backward(values if ctx.needs_input_grad[0] else None)
-        return engine.apply(values)
+        return operator.apply(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad = grad.contiguous()
         with torch.autocast(grad.device.type, enabled=False):
-            by_values = ctx.engine.apply(grad, transpose=True) if ctx.needs_input_grad[1] else None
-            by_features = ctx.engine.feature_gradient(*ctx.saved_tensors, grad) if ctx.needs_input_grad[0] else None
+            by_values = ctx.operator.apply(grad, transpose=True) if ctx.needs_input_grad[1] else None
+            by_features = ctx.operator.feature_gradient(*ctx.saved_tensors, grad) if ctx.needs_input_grad[0] else None
         return by_features, by_values, None
 
 
@@ -232,7 +236,7 @@ def _check_features(features: Any, mask: Any) -> None:
             f"mask must be {tuple(features.shape[:2])} on {features.device} like the features, "
             f"got {tuple(mask.shape)} on {mask.device}"
         )
-    if not bool(mask.any(1).all()):
+    if host_may_read(mask) and not bool(mask.any(1).all()):
         empty = int((~mask.any(1)).nonzero()[0])
         raise ValueError(f"mask must leave at least one point in every item, got none in item {empty}")
 

@@ -13,7 +13,10 @@ lattice with a lighter blur, and a blur that grows heavier where many vertices a
 Source: Adams, Baek, Davis, "Fast high-dimensional filtering using the permutohedral lattice" (Eurographics 2010).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +28,9 @@ from .simplex import SPACING, VertexTable, locate
 # 2a / (1 + 2a), and a follows; on photographs a little more is best.
 _BLUR_VARIANCE = 2.0 / 3.0 / SPACING**2 - 1.0 / 6.0
 _DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE) + 0.01
+
+# Where fewer than FULL of the neighbours are there, a grows by SIDE_SLOPE for each that is missing; README.md.
+FULL, SIDE_SLOPE, MOST_MISSING = 0.65, 0.6, 0.2
 
 NEGLIGIBLE_ENERGY = 1e-3  # left out there: an error of 3 %, where the lattice's own is five to ten times that
 CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features
@@ -45,24 +51,21 @@ class LatticeEngine:
     def __init__(self, features: Tensor, counts: list[int]) -> None:
         P, D = features.shape
         device = features.device
-        index = torch.int32 if 3 * P * (D + 1) < 2**31 else torch.int64  # the narrowest that reaches every list
+        index = _index_dtype(P, D)
         self.dimension, self._features = D, features
         weights, self._rank, corner = locate(features)
         table = VertexTable(corner, self._rank, counts, index)
-        self.num_vertices = M = len(table.starts)
+        M = len(table.starts)
         # slice: each point's D + 1 vertices
         self._vertices = torch.empty(P * (D + 1), dtype=index, device=device).scatter_(0, table.order, table.number)
         self._slice_weights = weights.view(-1)
-        self._slice_offsets = torch.arange(0, P * (D + 1) + 1, D + 1, dtype=index, device=device)
         # splat: each vertex's points; one more bag, empty, makes the row of zeros that missing neighbours point to
         self._points = torch.div(table.order.to(index), D + 1, rounding_mode="floor")
         self._splat_weights = self._slice_weights.index_select(0, table.order).mul_(_amplitude(D))
         self._splat_offsets = torch.cat([table.starts, table.starts.new_full((2,), P * (D + 1))]).to(index)
         # blur: each vertex between its two neighbours, along each axis
         self._axes = [table.neighbours(axis) for axis in range(D + 1)]
-        offsets = torch.arange(0, 3 * M + 1, 3, dtype=index, device=device)
-        self._blur_offsets = torch.cat([offsets, offsets[-1:]])
-        self._item = torch.repeat_interleave(torch.tensor(counts, device=device))  # (P,)
+        self._set_offsets(counts)
         vertex_item = self._item[self._points[self._splat_offsets[:M].long()].long()]  # (M,)
         neighbours = torch.stack([axis.view(M, 3)[:, 2] < M for axis in self._axes]).sum(0).to(features.dtype)
         present = torch.zeros(len(counts), dtype=features.dtype, device=device).index_add_(0, vertex_item, neighbours)
@@ -70,6 +73,44 @@ class LatticeEngine:
         self._side = _side_weight(present)  # (items,)
         sides = self._side[vertex_item]  # (M,)
         self._blur_weights = torch.stack([sides, torch.ones_like(sides), sides], 1).view(-1)
+
+    def plan(self) -> list[Tensor]:
+        """The tensors that `from_plan` makes the same engine from."""
+        points = [self._rank.mT.contiguous(), self._vertices, self._slice_weights]
+        splat = [self._points, self._splat_weights, self._splat_offsets]
+        return [*points, *splat, self._blur_weights, self._side, *self._axes]
+
+    @classmethod
+    def from_plan(
+        cls, plan: Sequence[Tensor], features: Tensor, counts: list[int], precision: object = None
+    ) -> LatticeEngine:
+        """The engine that was built from these features and counts."""
+        engine = cls.__new__(cls)
+        engine.dimension, engine._features = features.shape[1], features
+        rank, engine._vertices, engine._slice_weights = plan[:3]
+        engine._points, engine._splat_weights, engine._splat_offsets = plan[3:6]
+        engine._rank, engine._axes = rank.mT, list(plan[8:])
+        engine._blur_weights, engine._side = plan[6:8]
+        engine._set_offsets(counts)
+        return engine
+
+    @staticmethod
+    def plan_sizes(P: int, D: int, items: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Of each tensor of the plan the largest shape, and its dtype; None for that of the features."""
+        index, R = _index_dtype(P, D), P * (D + 1)  # R: as many vertices as there can be
+        points = [((P, D + 1), torch.int64), ((R,), index), ((R,), None)]
+        splat = [((R,), index), ((R,), None), ((R + 2,), index)]
+        return [*points, *splat, ((3 * R,), None), ((items,), None), *[((3 * R,), index)] * (D + 1)]
+
+    def _set_offsets(self, counts: list[int]) -> None:
+        """What follows from the numbers of points and vertices."""
+        D1, (R,), M = self.dimension + 1, self._vertices.shape, len(self._splat_offsets) - 2
+        device, index = self._vertices.device, self._vertices.dtype
+        self.num_vertices = M
+        self._slice_offsets = torch.arange(0, R + 1, D1, dtype=index, device=device)
+        offsets = torch.arange(0, 3 * M + 1, 3, dtype=index, device=device)
+        self._blur_offsets = torch.cat([offsets, offsets[-1:]])
+        self._item = torch.repeat_interleave(torch.tensor(counts, device=device))  # (P,)
 
     def apply(self, values: Tensor, transpose: bool = False) -> Tensor:
         """``(P, C)`` to ``(P, C)``: K values, or K^T values."""
@@ -165,9 +206,14 @@ def _bags(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tens
     return embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
+def _index_dtype(P: int, D: int) -> torch.dtype:
+    """The narrowest that reaches every entry of every list."""
+    return torch.int32 if 3 * P * (D + 1) < 2**31 else torch.int64
+
+
 def _side_weight(present: Tensor) -> Tensor:
     """Weight a of the blur (a, 1, a) for each item, given the fraction of its vertices that have a neighbour."""
-    return _DENSE_SIDE + 0.6 * (0.65 - present).clamp(0.0, 0.2)
+    return _DENSE_SIDE + SIDE_SLOPE * (FULL - present).clamp(0.0, MOST_MISSING)
 
 
 def _amplitude(D: int) -> float:

@@ -5,7 +5,7 @@
 The kernel is a product over axes, so K = K_1 ⊗ ... ⊗ K_k, and nothing is ever read outside the image: its border acts
 as the zeros of the definition. Along one axis K_a[i, j] = G_0(i - j) with G_m(r) = r^(2m) exp(-r² / (2 theta²)), a band
 matrix as soon as theta is small against the axis. Since d G_m / d theta = G_(m+1) / theta³, the same pass with a higher
-moment m gives the gradient to theta, of any order.
+moment m gives the gradient to theta, of any order. On a GPU a pass is the kernel of `gpu.grid`.
 """
 
 import math
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from .reference import NORMALIZATIONS, SELF_FLOOR, normalized
+from . import gpu
+from .reference import EPS, NORMALIZATIONS, SELF_FLOOR, normalized
 
 # Rows of the band matrix multiplied at once. Fewer rows waste less on the corners outside the band, more rows keep the
 # matrix product busy; 16 to 24 were the fastest at 500 x 375 x 21 and theta = 3.
@@ -39,7 +40,8 @@ def _band(rows: Tensor, columns: Tensor, theta: float, moment: int) -> Tensor:
 
 def _fast(x: Tensor) -> bool:
     """Whether passes are convolutions: all that shares a position on the axis, side by side as channels."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not gpu.serves(x)
+    return plain and torch.backends.mkldnn.is_available()
 
 
 def _smooth(
@@ -83,36 +85,91 @@ def _multiply_band(
         torch.mm(toeplitz[:rows, low - at + radius : high - at + radius], x[low:high], out=out[start : start + rows])
 
 
-class _Separable(torch.autograd.Function):
-    """(K_1 ⊗ ... ⊗ K_k) x, each K_a made of G_m with its own theta and moment m. Differentiable any number of times."""
+def _on(device: torch.device, theta: Tensor) -> Tensor:
+    """Theta on the device. Mere numbers are filled in there, since copying them would wait."""
+    if theta.device == device:
+        return theta
+    return torch.stack([torch.full((), width, dtype=theta.dtype, device=device) for width in theta.tolist()])
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor, shape: tuple[int, ...], moments: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, theta)
-        ctx.shape, ctx.moments = shape, moments
-        B, N, C = x.shape
-        before, after = B, N
-        x = x.contiguous()
-        for n, width, moment in zip(shape, theta.tolist(), moments, strict=True):
+
+def _passes(x: Tensor, theta: Tensor, shape: Sequence[int], moments: Sequence[int]) -> Tensor:
+    """One pass an axis, ``(B, N, C)`` to ``(B, N, C)`` contiguous; no gradients are recorded."""
+    B, N, C = x.shape
+    before, after = B, N
+    x = x.contiguous()
+    if gpu.serves(x):
+        from .gpu.grid import smooth
+
+        for n, theta_a, moment in zip(shape, _on(x.device, theta), moments, strict=True):
             after //= n
-            x = _smooth(x.view(before, n, after, C), width, moment)
+            x = smooth(x.view(before, n, after * C), theta_a, moment)
             before *= n
         return x.view(B, N, C)
+    for n, width, moment in zip(shape, theta.tolist(), moments, strict=True):
+        after //= n
+        x = _smooth(x.view(before, n, after, C), width, moment)
+        before *= n
+    return x.view(B, N, C)
+
+
+def _separable(x: Tensor, theta: Tensor, shape: Sequence[int], moments: Sequence[int]) -> Tensor:
+    """(K_1 ⊗ ... ⊗ K_k) x, each K_a made of G_m with its own theta and moment m. Differentiable any number of times."""
+    apply = _graph_passes if torch.compiler.is_compiling() else _Separable.apply
+    return apply(x, theta, list(shape), list(moments))
+
+
+def _gradients(ctx: Any, grad: Tensor, apply: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, theta = ctx.saved_tensors
+    grad_x = grad_theta = None
+    if ctx.needs_input_grad[0]:  # K is symmetric
+        grad_x = apply(grad, theta, ctx.shape, ctx.moments)
+    if ctx.needs_input_grad[1]:
+        parts = []
+        for axis in range(len(ctx.shape)):
+            moments = [m + (a == axis) for a, m in enumerate(ctx.moments)]
+            parts.append((grad * apply(x, theta, ctx.shape, moments)).sum().to(theta))
+        grad_theta = torch.stack(parts) / theta**3
+    return grad_x, grad_theta, None, None
+
+
+class _Separable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, shape: list[int], moments: list[int]) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, theta)
+        ctx.shape, ctx.moments = shape, moments
+        return _passes(x, theta, shape, moments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        x, theta = ctx.saved_tensors
-        grad_x = grad_theta = None
-        if ctx.needs_input_grad[0]:  # K is symmetric
-            grad_x = _Separable.apply(grad, theta, ctx.shape, ctx.moments)
-        if ctx.needs_input_grad[1]:
-            parts = []
-            for axis in range(len(ctx.shape)):
-                moments = tuple(m + (a == axis) for a, m in enumerate(ctx.moments))
-                parts.append((grad * _Separable.apply(x, theta, ctx.shape, moments)).sum().to(theta))
-            grad_theta = torch.stack(parts) / theta**3
-        return grad_x, grad_theta, None, None
+        return _gradients(ctx, grads[0], _Separable.apply)
+
+
+@torch.library.custom_op("crfnet::separable", mutates_args=())
+def _graph_passes(x: Tensor, theta: Tensor, shape: Sequence[int], moments: Sequence[int]) -> Tensor:
+    """The same for graphs, which cannot look into a pass."""
+    return _passes(x, theta, shape, moments)
+
+
+@_graph_passes.register_fake
+def _(x: Tensor, theta: Tensor, shape: Sequence[int], moments: Sequence[int]) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _graph_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, theta, ctx.shape, ctx.moments = inputs
+    ctx.save_for_backward(x if theta.requires_grad else None, theta)
+
+
+def _graph_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    return _gradients(ctx, grad, _graph_passes)
+
+
+_graph_passes.register_autograd(_graph_gradients, setup_context=_graph_save)
+
+
+def _unusable(kept: Tensor) -> bool:
+    """Whether autograd would refuse what was computed in inference mode."""
+    return not torch.compiler.is_compiling() and kept.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class GridFilter:
@@ -155,51 +212,81 @@ class GridFilter:
         theta = theta if isinstance(theta, Tensor) else torch.as_tensor(theta, dtype=torch.float64)
         if theta.ndim > 1 or (theta.ndim == 1 and len(theta) not in (1, len(self.shape))):
             raise ValueError(f"theta must be one number or {len(self.shape)}, one per axis, got {tuple(theta.shape)}")
-        if not bool((theta.isfinite() & (theta > 0)).all()):
+        # one on a GPU was learnt, comes out of an exponential, and a look at it would wait for the device
+        readable = gpu.host_may_read(theta) and not theta.is_cuda
+        if readable and not bool((theta.isfinite() & (theta > 0)).all()):
             raise ValueError(f"theta must be positive and finite, got {theta.tolist()}")
         self.theta = theta.double().expand(len(self.shape))  # (axes,), kept in float64: it is tiny, its kernel is not
         self.normalization, self.mask, self.remove_self = normalization, mask, remove_self
-        # Row sums that carry a gradient belong to the graph of one call; the others are computed once.
-        self._n = None if self.theta.requires_grad or normalization == "none" else self._row_sums()
+        # Row sums that carry a gradient belong to the graph of one call; the others are kept from the first.
+        self._n: Tensor | None = None
 
-    def _row_sums(self) -> Tensor:  # (1 or B, N, 1) float64
+    def _row_sums(self, values: Tensor) -> Tensor:  # (1 or B, N, 1), like the values
         """The normaliser n = K 1."""
-        if not self.remove_self:
-            return self._all_sums()
-        return (self._all_sums() - 1.0).clamp(min=SELF_FLOOR)
+        n = self._n
+        fits = n is not None and n.dtype == values.dtype and n.device == values.device
+        if n is None or not fits or _unusable(n):
+            n = self._all_sums(values)
+            if self.remove_self:
+                n = (n - 1.0).clamp(min=SELF_FLOOR)
+            n = n.to(values)
+            if not self.theta.requires_grad:
+                self._n = n
+        return n
 
-    def _all_sums(self) -> Tensor:  # (1 or B, N, 1) float64
-        """Row sums, self included; without a mask an outer product over the axes."""
-        if self.mask is not None:
-            return _Separable.apply(self.mask[..., None].double(), self.theta, self.shape, (0,) * len(self.shape))
+    def _all_sums(self, values: Tensor) -> Tensor:  # (1 or B, N, 1)
+        """Row sums, self included, in float64 where that is cheap; without a mask an outer product over the axes."""
+        on_gpu = gpu.serves(values)
+        if self.mask is not None or on_gpu:
+            ones = values.new_ones(1, self.N, 1) if self.mask is None else self.mask[..., None]
+            ones = ones.to(values.dtype if on_gpu else torch.float64)
+            return _separable(ones, self.theta, self.shape, (0,) * len(self.shape))
         n = self.theta.new_ones(1, 1, 1)
         for size, theta in zip(self.shape, self.theta, strict=True):
-            sums = _Separable.apply(self.theta.new_ones(1, size, 1), theta[None], (size,), (0,))
+            sums = _separable(self.theta.new_ones(1, size, 1), theta[None], (size,), (0,))
             n = (n * sums.mT).reshape(1, -1, 1)
         return n
 
     def __call__(self, values: Tensor) -> Tensor:
         """Filter values ``(B, N, C)``."""
+        self._check_values(values)
+        n = None if self.normalization == "none" else self._row_sums(values)
+        with torch.autocast(values.device.type, enabled=False):
+            out = normalized(self._apply, self._sent(values), n, self.normalization)
+        return out if self.mask is None else out.masked_fill(~self.mask[..., None], 0)
+
+    def factor(self, like: Tensor) -> Tensor | None:
+        """What a `message` still has to be multiplied by, ``(1 or B, N, 1)``, or None.
+
+        Prepares the row sums for values of such a dtype and device in any case.
+        """
+        if self.normalization == "none":
+            return None
+        factors = self._row_sums(like).clamp(min=EPS).reciprocal()
+        return factors if self.normalization == "after" else None
+
+    def message(self, values: Tensor) -> Tensor:
+        """The same but for `factor`, for callers who multiply by something anyway; 0 where the mask is False."""
+        if self.normalization != "after":
+            return self(values)
+        self._check_values(values)
+        with torch.autocast(values.device.type, enabled=False):
+            return self._sent(self._apply(self._sent(values)))
+
+    def _apply(self, x: Tensor) -> Tensor:  # (B, N, C) → (B, N, C)
+        smooth: Tensor = _separable(x, self.theta, self.shape, (0,) * len(self.shape))
+        return smooth - x if self.remove_self else smooth
+
+    def _sent(self, values: Tensor) -> Tensor:
+        return values if self.mask is None else values.masked_fill(~self.mask[..., None], 0)
+
+    def _check_values(self, values: Tensor) -> None:
         batch = None if self.mask is None else len(self.mask)
         if values.ndim != 3 or values.shape[1] != self.N or batch not in (None, len(values)):
             wanted = f"({'B' if batch is None else batch}, {self.N}, C)"
             raise ValueError(f"values must be {wanted} for the grid {self.shape}, got {tuple(values.shape)}")
         if values.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"values must be float32 or float64, got {values.dtype}")
-        n = None
-        if self.normalization != "none":
-            n = (self._row_sums() if self._n is None else self._n).to(values)
-        outside = None if self.mask is None else ~self.mask[..., None]
-        if outside is not None:
-            values = values.masked_fill(outside, 0)
-
-        def apply(x: Tensor) -> Tensor:
-            smooth: Tensor = _Separable.apply(x, self.theta, self.shape, (0,) * len(self.shape))
-            return smooth - x if self.remove_self else smooth
-
-        with torch.autocast(values.device.type, enabled=False):
-            out = normalized(apply, values, n, self.normalization)
-        return out if outside is None else out.masked_fill(outside, 0)
 
     def send(self, values: Tensor) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
         """Filter values ``(B, N, C)`` piece by piece, without gradients, for callers that keep pieces in the cache.
@@ -219,8 +306,8 @@ class GridFilter:
         rows = values.view(B, n, row * C)
         widths = self.theta.tolist()
         toeplitz = _toeplitz(widths[0], 0, min(_radius(widths[0], 0, values.dtype), n - 1), n).to(values)
-        n_of_rows = None if self.normalization == "none" else self._row_sums() if self._n is None else self._n
-        factors = None if n_of_rows is None else n_of_rows.detach().view(N, 1).to(values).reciprocal()
+        n_of_rows = None if self.normalization == "none" else self._row_sums(values)
+        factors = None if n_of_rows is None else n_of_rows.detach().view(N, 1).reciprocal()
 
         def receive(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
             item, first, last = start // N, start % N // row, (stop - 1) % N // row + 1

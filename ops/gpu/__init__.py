@@ -1,0 +1,60 @@
+"""The Triton kernels behind the engines, for float32 tensors on a GPU: NVIDIA from Ampere on, AMD from CDNA3 on.
+
+Nothing here is imported before a tensor needs it, so that a machine without Triton can do without. Which tensors do is
+said by `serves` alone; the engines of plain PyTorch take all others, float64 on a GPU among them.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_cpu_tensors = False
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether the Triton kernels compute on such a tensor."""
+    return tensor.dtype == torch.float32 and ((tensor.is_cuda and _triton()) or (_cpu_tensors and not tensor.is_cuda))
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it the Triton kernels take float32 tensors on the CPU as well, in Triton's interpreter: for tests.
+
+    Raises:
+        RuntimeError: the environment variable TRITON_INTERPRET was not 1 when the kernels were imported.
+    """
+    global _cpu_tensors
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the interpreter needs the environment variable TRITON_INTERPRET=1 from the start")
+    before, _cpu_tensors = _cpu_tensors, True
+    try:
+        yield
+    finally:
+        _cpu_tensors = before
+
+
+def host_may_read(tensor: Tensor) -> bool:
+    """Whether values may decide what the host does next: not in a graph being compiled, nor captured on a GPU."""
+    return not (torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Within it kernels start on the tensor's device; Triton starts them on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def _triton() -> bool:
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "Triton is not installed, so that crfnet computes on the GPU in plain PyTorch, several times slower",
+        stacklevel=2,
+    )
+    return False
