@@ -6,7 +6,8 @@
 One program owns a tile of 64 points and walks over the tiles that it pairs up with (`exact_pairs`). K is only ever in
 registers, where it is made in the very layout that the matrix unit reads. That layout gives a thread few rows and many
 columns, so preparing columns (centring, squaring) would cost as much as it saves: distances are sums of squared
-differences, as accurate as float32 allows wherever the points lie.
+differences, as accurate as float32 allows wherever the points lie. In "fp16", where K may be made in the layout that
+products come out in, they are products themselves: `exact_split`.
 
 The matrix unit adds in float32 but rounds towards zero. Over a million terms that would be a drift of 10^-3, so only
 SPAN tiles are added up in it, and these partial sums in ordinary float32.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import exact_pairs, on_device_of, tune
+from . import exact_pairs, exact_split, on_device_of, tune
 from .exact_pairs import HALF_LOG2E, TILE
 from .target import Build, Precision, Target, target_of
 
@@ -72,17 +73,21 @@ class TritonExactEngine:
         tiles = exact_pairs.split(features, counts)
         self._source, self._size = tiles.source, tiles.size
         self._points = features[tiles.source.long()].mT.contiguous()  # (T, D, 64)
-        self._offsets, self._columns, self._partners, self._reached = exact_pairs.choose(
-            self._points, tiles, tolerance, counts
-        )
+        pairs = exact_pairs.choose(self._points, tiles, tolerance, counts)
+        self._offsets, self._columns, self._near, self._partners, self._reached = pairs
+        self._senders = exact_split.senders(self._points) if self._splits() else None
 
     def _take(self, features: Tensor, counts: list[int], precision: Precision) -> None:
         (self.P, self.D), self._counts, self.precision = features.shape, counts, precision
         self._target = target_of(features)
 
+    def _splits(self) -> bool:
+        """Whether distances come from the matrix unit."""
+        return self.precision == "fp16" and self.D <= exact_split.MAX_D
+
     def plan(self) -> list[Tensor]:
         """The tensors that `from_plan` makes the same engine from."""
-        return [self._source, self._size, self._points, self._offsets, self._columns]
+        return [self._source, self._size, self._points, self._offsets, self._near, self._columns]
 
     @classmethod
     def from_plan(
@@ -91,7 +96,8 @@ class TritonExactEngine:
         """The engine that was built from these features and counts, without its bounds."""
         engine = cls.__new__(cls)
         engine._take(features, counts, precision)
-        engine._source, engine._size, engine._points, engine._offsets, engine._columns = plan
+        engine._source, engine._size, engine._points, engine._offsets, engine._near, engine._columns = plan
+        engine._senders = exact_split.senders(engine._points) if engine._splits() else None
         return engine
 
     @staticmethod
@@ -104,6 +110,7 @@ class TritonExactEngine:
         T, pairs = items * t, items * t * t
         return [((T, TILE), torch.int32), ((T,), torch.int32), ((T, D, TILE), None)] + [
             ((T + 1,), torch.int64),
+            ((T,), torch.int32),
             ((pairs,), torch.int32),
         ]
 
@@ -122,11 +129,15 @@ class TritonExactEngine:
         """Worst case of rounding, relative to (K 1)_i max|v|; u = 2^-24.
 
         Exponent: a difference squared and summed is off by at most D + 2 roundings, its scale by two, so K_ij by
-        u (D + 5) d²; the mean of d² under K is below 4 log N + 2 (see the exact engine on a CPU). Product: see
-        PRODUCT_ERROR. Sum: 2 u per term in the matrix unit, which rounds towards zero, and u per partial sum.
+        u (D + 5) d²; the mean of d² under K is below 4 log N + 2 (see the exact engine on a CPU). With split features
+        SPLIT_ERROR |a| |b| more, where |b| <= NEAR and |a| <= |b| + d. Product: see PRODUCT_ERROR. Sum: 2 u per term in
+        the matrix unit, which rounds towards zero, and u per partial sum.
         """
         u, N, block = 2**-24, max(self._counts, default=0), TILE * SPAN[self.precision]
-        exponent = u * (self.D + 5) * (4 * math.log(max(N, 1)) + 2)
+        squared = 4 * math.log(max(N, 1)) + 2
+        exponent = u * (self.D + 5) * squared
+        if self._splits():
+            exponent += exact_split.SPLIT_ERROR * exact_pairs.NEAR * (exact_pairs.NEAR + squared**0.5)
         sums = 2 * u * min(N, block) + u * (N / block + 2)
         smallest = N * SMALLEST_FP16 if self.precision == "fp16" else 0.0
         return exponent + PRODUCT_ERROR[self.precision] + sums + smallest
@@ -149,6 +160,10 @@ class TritonExactEngine:
         with on_device_of(values):
             self._pack(values, packed, block, (TILE, 1), scale, self.precision)
 
+            if self._senders is not None:
+                self._filter_split(packed, scale, out, block)
+                return out
+
             def run(config: dict[str, int]) -> None:
                 _filter_kernel[(T, blocks)](
                     *(self._points, packed, self._offsets, self._columns, self._source, self._size),
@@ -164,6 +179,23 @@ class TritonExactEngine:
             key = self.D, block, self.precision
             run(tune.pick("exact filter", key, filter_configs(block, self.D, self._target), run, values))
         return out
+
+    def _filter_split(self, packed: Tensor, scale: Tensor | None, out: Tensor, block: int) -> None:
+        """Distances by products of split features as well."""
+
+        def run(config: dict[str, int]) -> None:
+            exact_split._split_filter_kernel[(len(self._size), packed.shape[1] // block)](
+                *(self._points, *self._senders, packed, self._offsets, self._near, self._columns),
+                *(self._source, self._size, scale, out, out.shape[1]),
+                D=self.D,
+                Q=exact_split.width(self.D),
+                BLOCK_C=block,
+                SPAN=SPAN["fp16"],
+                **config,
+            )
+
+        configs = exact_split.CONFIGS[self._target.name]
+        run(tune.pick("exact split filter", (self.D, block), configs, run, out))
 
     def feature_gradient(self, values: Tensor, grad: Tensor) -> Tensor:
         """``(P, D)``: gradient of ``sum(grad * apply(values))`` to the features, each point as sender and receiver."""
@@ -218,7 +250,9 @@ class TritonExactEngine:
 def block_of(C: int, D: int, precision: Precision, target: Target) -> int:
     """Channels that one program of the filter sums up."""
     most = (MAX_BLOCK_FLOAT32 if precision == "float32" else MAX_BLOCK)[target.name]
-    if D > 8:  # the points take the registers
+    if precision == "fp16" and D <= exact_split.MAX_D:
+        most = exact_split.MAX_BLOCK[target.name]
+    elif D > 8:  # the points take the registers
         most = min(most, 64 if target.name == "sm_90" else 16)
     return min(most, max(16, triton.next_power_of_2(C)))
 
@@ -384,6 +418,7 @@ def _gradient_kernel(
 def builds(target: Target) -> Iterator[Build]:
     """Every kernel of the exact engine on a target: the defaults at several D, the candidates for tuning at one."""
     yield from exact_pairs.builds(target)
+    yield from exact_split.builds(target, SPAN["fp16"])
     precisions: tuple[Precision, ...] = ("float32", "tf32", "fp16")
     lists = {"offsets": "*i64", "columns": "*i32", "source": "*i32", "size": "*i32"}
     for precision in precisions:
@@ -394,7 +429,8 @@ def builds(target: Target) -> Iterator[Build]:
             types |= dict.fromkeys(("C", "stride_tile", "stride_c", "stride_slot"), "i32")
             yield Build(_pack_kernel, types, {"BLOCK_C": block, "PRECISION": precision}, {"num_warps": 4})
         for D in (1, 2, 3, 5, 6, 16):
-            for block in sorted({block_of(C, D, precision, target) for C in sizes}):
+            splits = precision == "fp16" and D <= exact_split.MAX_D  # has no use for this kernel
+            for block in sorted({block_of(C, D, precision, target) for C in sizes}) if not splits else ():
                 types = {"points": "*fp32", "values": kind, **lists, "scale": "*fp32", "out": "*fp32", "C": "i32"}
                 constants: dict[str, Any] = {"D": D, "BLOCK_C": block, "SPAN": SPAN[precision], "PRECISION": precision}
                 constants["INPUT_PRECISION"] = target.dot(precision)

@@ -26,6 +26,7 @@ from . import on_device_of
 from .target import Build, Target
 
 TILE = 64  # points to a tile
+NEAR = 4.0  # radius in bandwidths up to which distances may come from split features: see exact_split
 MAX_UNREAD = 2**22  # pairs up to which room is made for all of them, so that the host need not wait for their number
 MAX_CAPTURED = 2**28  # the same while a CUDA graph is captured, when it cannot wait: 1 GiB
 MIN_BITS = 16  # of a position, below which a sort key is given 64
@@ -51,10 +52,11 @@ class Tiles(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Kept pairs of tiles, by rows."""
+    """Kept pairs of tiles, by rows: first the near ones, then those of which one tile is wide."""
 
     offsets: Tensor  # (T + 1,) int64, where the columns of each row tile begin
-    columns: Tensor  # (at least as many as are kept,) int32, ascending within a row
+    columns: Tensor  # (at least as many as are kept,) int32
+    near: Tensor  # (T,) int32, how many of the columns of each row tile are near
     points: Tensor  # (T,) int32, points in the columns of each row tile
     reached: Tensor  # (T,), bound on what a row leaves out, relative to its row sums
 
@@ -125,9 +127,11 @@ def choose(points: Tensor, tiles: Tiles, tolerance: float, counts: list[int]) ->
         _count_kernel[(T,)](*boxes, tiles.size, cut, kept, inside, T, D, num_warps=4)
     offsets = torch.nn.functional.pad(kept.cumsum(0, dtype=torch.int64), (1, 0))
     columns = torch.empty(_room(offsets, counts), dtype=torch.int32, device=points.device)
+    near = torch.empty(T, dtype=torch.int32, device=points.device)
+    wide = ((high - low).square().sum(0) > (2 * NEAR) ** 2).to(torch.int32)
     with on_device_of(points):
-        _list_kernel[(T,)](*boxes, cut, offsets, columns, T, D, num_warps=4)
-    return Pairs(offsets, columns, inside, reached)
+        _list_kernel[(T,)](*boxes, cut, wide, offsets, columns, near, T, D, num_warps=4)
+    return Pairs(offsets, columns, near, inside, reached)
 
 
 def _room(offsets: Tensor, counts: list[int]) -> int:
@@ -280,21 +284,28 @@ def _count_kernel(low, high, first, last, size, cut, kept, points, T, D: tl.cons
 
 
 @triton.jit(do_not_specialize=["T"])
-def _list_kernel(low, high, first, last, cut, offsets, columns, T, D: tl.constexpr):
-    """The tiles that `_count_kernel` counted."""
+def _list_kernel(low, high, first, last, cut, wide, offsets, columns, near, T, D: tl.constexpr):
+    """The tiles that `_count_kernel` counted: near ones from the front of the row's room, the others from its back."""
     tile = tl.program_id(0).to(tl.int64)
-    position = tl.load(offsets + tile)
+    begin = tl.load(offsets + tile)
+    front, back = begin, tl.load(offsets + tile + 1)
+    narrow = tl.load(wide + tile) == 0
     stop = tl.load(last + tile)
     for block in range(tl.load(first + tile), stop, 128):
         j, keep = _kept(low, high, tile, block, stop, cut, T, D)
-        rank = tl.cumsum(keep.to(tl.int32), 0)  # counted from 1
-        tl.store(columns + position + rank - 1, j, mask=keep)
-        position += tl.max(rank, 0)
+        close = keep & (tl.load(wide + j, mask=keep, other=1) == 0) & narrow
+        rank = tl.cumsum(close.to(tl.int32), 0)  # counted from 1
+        tl.store(columns + front + rank - 1, j, mask=close)
+        front += tl.max(rank, 0)
+        rank = tl.cumsum((keep & (close == 0)).to(tl.int32), 0)
+        tl.store(columns + back - rank, j, mask=keep & (close == 0))
+        back -= tl.max(rank, 0)
+    tl.store(near + tile, (front - begin).to(tl.int32))
 
 
 def builds(target: Target) -> Iterator[Build]:
     """Every kernel of this file as it is launched."""
-    integers = dict.fromkeys(("order", "first", "last", "size", "kept", "columns"), "*i32")
+    integers = dict.fromkeys(("order", "first", "last", "size", "kept", "columns", "wide", "near"), "*i32")
     scalars = {"level": "i32", "bits": "i32", "T": "i32", "tolerance": "fp32", "offsets": "*i64"}
     kernels = _box_kernel, _key_kernel, _row_sum_kernel, _cut_kernel, _count_kernel, _list_kernel
     for D in (1, 2, 3, 5, 6, 16):
