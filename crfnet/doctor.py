@@ -3,7 +3,6 @@
 `examine` does that; `compile_kernels` builds the GPU kernels for every chip they ship for, which needs none of them.
 """
 
-import importlib.util
 import os
 import platform
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import crfnet
 from crfnet.ops import GridFilter, gaussian_filter, reference
-from crfnet.ops.gpu import serves
+from crfnet.ops.gpu import missing, serves
 from crfnet.ops.gpu.target import TARGETS, target_of
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "tqdm", "tyro")
@@ -80,8 +79,8 @@ def describe(report: dict[str, Any]) -> str:
 
 def compile_kernels(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     """What compiling every kernel that ships for the targets gives, kernel by kernel; ``healthy`` if all is well."""
-    if importlib.util.find_spec("triton") is None:
-        reason = "nothing compiled: Triton is not installed"
+    if missing():
+        reason = f"nothing compiled: {missing()}"
         return {"kernels": [{"target": name, "reason": reason} for name in targets], "healthy": False}
     from crfnet.ops.gpu import aot
 

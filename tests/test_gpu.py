@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -176,6 +177,12 @@ def test_inference_is_training_without_gradients(device):
     trained = crf(logits, image)
     with torch.no_grad():
         torch.testing.assert_close(crf.eval()(logits, image), trained.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("version", "reason"), [("3.2.0", "Triton 3.2.0 is older than 3.3"), ("3.10.1+git", "")])
+def test_a_triton_that_is_too_old_is_named(monkeypatch, version, reason):
+    monkeypatch.setattr(gpu.metadata, "version", lambda name: version)
+    assert gpu.missing.__wrapped__() == (reason if find_spec("triton") else "Triton is not installed")
 
 
 good_features, good_values = torch.rand(2, 6, 3), torch.rand(2, 6, 4)

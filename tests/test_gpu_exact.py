@@ -10,7 +10,7 @@ from crfnet.ops import reference
 from crfnet.ops.gpu.target import TARGETS
 
 pytest.importorskip("triton")
-from crfnet.ops.gpu import exact, exact_pairs  # noqa: E402
+from crfnet.ops.gpu import exact, exact_pairs, exact_split  # noqa: E402
 from crfnet.ops.gpu.exact import TritonExactEngine  # noqa: E402
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -333,12 +333,18 @@ def test_room_for_pairs(monkeypatch):
 def test_what_ships_covers_what_is_launched():
     for target in TARGETS.values():
         builds = list(exact.builds(target))
-        filters = {
-            (b.constants["PRECISION"], b.constants["BLOCK_C"]) for b in builds if b.kernel is exact._filter_kernel
-        }
-        for precision in PRECISIONS:
-            assert {(precision, exact.block_of(C, 5, precision, target)) for C in range(1, 301)} <= filters
-        for table in (exact.CONFIGS, exact.GRADIENT_CONFIGS):
+        for D in (5, 16):
+            shipped = {
+                (
+                    "fp16" if b.kernel is exact_split._split_filter_kernel else b.constants["PRECISION"],
+                    b.constants["BLOCK_C"],
+                )
+                for b in builds
+                if b.kernel in (exact._filter_kernel, exact_split._split_filter_kernel) and b.constants["D"] == D
+            }
+            for precision in PRECISIONS:
+                assert {(precision, exact.block_of(C, D, precision, target)) for C in range(1, 301)} <= shipped
+        for table in (exact.CONFIGS, exact.GRADIENT_CONFIGS, exact_split.CONFIGS):
             assert 1 <= len(table[target.name]) <= 6
 
 

@@ -14,7 +14,6 @@ from crfnet.ops.reference import NORMALIZATIONS
 from crfnet.ops.separable import GridFilter
 
 # Triton 3.6's interpreter reads the bounds of loops so
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 EPS = torch.finfo(torch.float32).eps
 

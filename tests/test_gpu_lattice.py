@@ -11,7 +11,6 @@ lattice_build = pytest.importorskip("crfnet.ops.gpu.lattice_build", reason="need
 from crfnet.ops.gpu.lattice import TritonLatticeEngine  # noqa: E402
 
 # what the interpreter of Triton 3.6 does with run-time bounds of loops
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 

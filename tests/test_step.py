@@ -10,7 +10,6 @@ from crfnet.ops import gpu
 from crfnet.ops.step import step
 
 # Triton 3.6's interpreter reads the bounds of loops so
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 VECTOR, MATRIX = "vector", "matrix"
 

@@ -6,13 +6,17 @@ said by `serves` alone; the engines of plain PyTorch take all others, float64 on
 
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib import metadata
 
 import torch
 from torch import Tensor
+
+OLDEST = (3, 3)  # of Triton: the kernels use tuples, which 3.2, the one of torch 2.6, has not
 
 _cpu_tensors = False
 
@@ -50,11 +54,17 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @cache
+def missing() -> str:
+    """Why the kernels cannot be had: that Triton is absent or too old; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    version = metadata.version("triton")
+    old = tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST
+    return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}" if old else ""
+
+
+@cache
 def _triton() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "Triton is not installed, so that crfnet computes on the GPU in plain PyTorch, several times slower",
-        stacklevel=2,
-    )
-    return False
+    if missing():
+        warnings.warn(f"{missing()}: on the GPU crfnet computes in plain PyTorch, several times slower", stacklevel=2)
+    return not missing()

@@ -161,7 +161,7 @@ class TritonExactEngine:
             self._pack(values, packed, block, (TILE, 1), scale, self.precision)
 
             if self._senders is not None:
-                self._filter_split(packed, scale, out, block)
+                self._filter_split(self._senders, packed, scale, out, block)
                 return out
 
             def run(config: dict[str, int]) -> None:
@@ -180,12 +180,14 @@ class TritonExactEngine:
             run(tune.pick("exact filter", key, filter_configs(block, self.D, self._target), run, values))
         return out
 
-    def _filter_split(self, packed: Tensor, scale: Tensor | None, out: Tensor, block: int) -> None:
+    def _filter_split(
+        self, senders: tuple[Tensor, ...], packed: Tensor, scale: Tensor | None, out: Tensor, block: int
+    ) -> None:
         """Distances by products of split features as well."""
 
         def run(config: dict[str, int]) -> None:
             exact_split._split_filter_kernel[(len(self._size), packed.shape[1] // block)](
-                *(self._points, *self._senders, packed, self._offsets, self._near, self._columns),
+                *(self._points, *senders, packed, self._offsets, self._near, self._columns),
                 *(self._source, self._size, scale, out, out.shape[1]),
                 D=self.D,
                 Q=exact_split.width(self.D),
