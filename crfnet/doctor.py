@@ -15,7 +15,7 @@ from torch import Tensor
 
 import crfnet
 from crfnet.ops import GridFilter, gaussian_filter, reference
-from crfnet.ops.gpu import missing, serves
+from crfnet.ops.gpu import MISSING, serves
 from crfnet.ops.gpu.target import TARGETS, target_of
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "tqdm", "tyro")
@@ -79,8 +79,8 @@ def describe(report: dict[str, Any]) -> str:
 
 def compile_kernels(targets: Sequence[str] = tuple(TARGETS)) -> dict[str, Any]:
     """What compiling every kernel that ships for the targets gives, kernel by kernel; ``healthy`` if all is well."""
-    if missing():
-        reason = f"nothing compiled: {missing()}"
+    if MISSING:
+        reason = f"nothing compiled: {MISSING}"
         return {"kernels": [{"target": name, "reason": reason} for name in targets], "healthy": False}
     from crfnet.ops.gpu import aot
 

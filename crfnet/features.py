@@ -17,4 +17,4 @@ def pixel_features(
         return features
     axes = [torch.arange(n, dtype=guide.dtype, device=guide.device) for n in guide.shape[2:]]
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, len(axes)) / theta_position
-    return torch.cat([positions.expand(len(guide), -1, -1), features], 2)
+    return torch.cat([positions.expand(guide.shape[0], -1, -1), features], 2)

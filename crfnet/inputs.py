@@ -90,8 +90,12 @@ def _extremes(values: Tensor) -> tuple[float, float]:
     """Least and greatest value, NaN where there is one; (0, 0) where the host may not read them."""
     if not host_may_read(values):
         return 0.0, 0.0
-    low, high = torch.stack(values.detach().aminmax()).tolist()  # one wait for a GPU, not two
-    return low, high
+    low, high = values.detach().aminmax()
+    # one wait for a GPU, not two; of the same dtype whatever autocast thinks
+    both = torch.empty(2, dtype=values.dtype, device=values.device)
+    both[0], both[1] = low, high
+    least, greatest = both.tolist()
+    return least, greatest
 
 
 def _check_mask(mask: Tensor, logits: Tensor) -> None:

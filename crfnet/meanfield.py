@@ -53,7 +53,10 @@ def mean_field(
     """
 
     def run(function: Callable[..., Tensor], *inputs: Tensor | bool) -> Tensor:
-        return checkpoint(function, *inputs, use_reentrant=False) if recompute else function(*inputs)
+        if not recompute:
+            return function(*inputs)
+        # nothing here is random, and a CUDA graph cannot ask for the state of a generator
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def damped(energy: Tensor) -> Tensor:
         return torch.lerp(update(logits, softmax(energy), terms, normalizers), energy, damping)
@@ -62,7 +65,7 @@ def mean_field(
         return update(logits, q, terms, normalizers, marginals=not last)
 
     logits = logits.contiguous()
-    if num_iterations == 0:
+    if num_iterations == 0 or not terms:
         return logits.clone()  # the result is the caller's own
     normalizers = factors(logits, terms)
     if damping > 0.0:

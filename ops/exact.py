@@ -152,7 +152,7 @@ class ExactEngine:
                 # The mass beyond each of LEVELS distances, from above, tells the nearest that a row may skip from.
                 level = (nearest * LEVELS_PER_UNIT).clamp_(max=LEVELS - 1).long()
                 mass = nearest.mul_(-0.5).exp_().mul_(n)
-                beyond = mass.new_zeros(len(rows), LEVELS).scatter_add_(1, level, mass).flip(1).cumsum(1).flip(1)
+                beyond = _sums_from(mass.new_zeros(len(rows), LEVELS).scatter_add_(1, level, mass))
                 beyond /= row_sums[rows, None]
                 allowed = beyond <= self.tolerance  # false, then true from the cut on
                 skip[rows] = allowed.gather(1, level)
@@ -275,6 +275,11 @@ class ExactEngine:
     def diagonal(self) -> Tensor:
         """K_ii ``(P,)``: ones."""
         return self._features.new_ones(self.P)
+
+
+def _sums_from(x: Tensor) -> Tensor:  # (R, n) → (R, n)
+    """Of each entry and all after it. CUDA has no deterministic cumulated sum of real numbers, but it has products."""
+    return x @ torch.ones_like(x[:1]).expand(x.shape[1], -1).tril() if x.is_cuda else x.flip(1).cumsum(1).flip(1)
 
 
 def squared_gaps(low: Tensor, high: Tensor, rows: Tensor) -> Tensor:

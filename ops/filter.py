@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gpu import host_may_read
+from .gpu import capturing, host_may_read
 from .lattice import LatticeEngine
 from .operator import METHODS, PRECISIONS, Engine, Method, Operator, Precision
 from .reference import EPS, NORMALIZATIONS, SELF_FLOOR, Normalization, normalized
@@ -116,7 +116,8 @@ class GaussianFilter:
 
     def factor(self, like: Tensor) -> Tensor | None:
         """What a `message` still has to be multiplied by, ``(B, N, 1)``, or None. Prepares the row sums in any case."""
-        sums = self._sums()
+        with torch.autocast(like.device.type, enabled=False):
+            sums = self._sums()
         return sums.clamp(min=EPS).reciprocal() if sums is not None and self.normalization == "after" else None
 
     def message(self, values: Tensor) -> Tensor:
@@ -170,12 +171,13 @@ class GaussianFilter:
     def _sums(self) -> Tensor | None:
         if self.normalization == "none":
             return None
-        if self._row_sums is not None:
+        differentiable = self._features.requires_grad and torch.is_grad_enabled()
+        if self._row_sums is not None and not differentiable:
             return self._row_sums
         n = self._apply(self._features.new_ones(*self.shape, 1))
         if self.remove_self:
             n = n.clamp(min=SELF_FLOOR)
-        if not self._features.requires_grad:
+        if not (n.requires_grad or capturing(n)):  # what is captured holds nothing before the graph runs
             self._row_sums = n
         return n
 
@@ -210,15 +212,17 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, values: Tensor, operator: Operator) -> Tensor:
         ctx.operator = operator
-        ctx.save_for_backward(values if ctx.needs_input_grad[0] else None)
+        # features only so that autograd notices when somebody has changed them since: the engine still reads them
+        ctx.save_for_backward(values if ctx.needs_input_grad[0] else None, features)
         return operator.apply(values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, _ = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             by_values = ctx.operator.apply(grad, transpose=True) if ctx.needs_input_grad[1] else None
-            by_features = ctx.operator.feature_gradient(*ctx.saved_tensors, grad) if ctx.needs_input_grad[0] else None
+            by_features = ctx.operator.feature_gradient(values, grad) if ctx.needs_input_grad[0] else None
         return by_features, by_values, None
 
 

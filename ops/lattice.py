@@ -140,8 +140,7 @@ class LatticeEngine:
         f = self._features - self._features.mean(0)
         total = torch.zeros_like(f)
         # g·v needs only the directions among the channels that both go along: in a segmentation, few of many classes
-        basis = min(_principal_directions(values), _principal_directions(grad), key=lambda b: b.shape[1])
-        values, grad = values @ basis, grad @ basis
+        values, grad = _common_directions(values, grad)
         group = max(1, CHANNELS_AT_ONCE // (self.dimension + 1))
         for v, g in zip(values.split(group, 1), grad.split(group, 1), strict=True):
             total += self._pull(f, v, g, False) + self._pull(f, g, v, True)
@@ -193,12 +192,23 @@ class LatticeEngine:
         return total * _amplitude(self.dimension)
 
 
-def _principal_directions(values: Tensor) -> Tensor:  # (P, C) → (C, r)
-    """Orthonormal directions that hold all but ``NEGLIGIBLE_ENERGY`` of the sum of squares, at least one."""
-    energy, directions = torch.linalg.eigh((values.T @ values).double())  # rising
+def _common_directions(values: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:  # (P, C) twice → (P, r) twice
+    """Fewer channels with the same products v_i·g_j, but for ``NEGLIGIBLE_ENERGY``.
+
+    Each channel is scaled so that values and gradients have the same size in it, which leaves the products as they are;
+    then both are turned to the directions that hold most of the sum of squares of the two together.
+    """
+    v, g = (x / x.abs().amax(0).clamp(min=torch.finfo(x.dtype).tiny) for x in (values, grad))  # safe to square
+    size_v, size_g = (x.abs().amax(0).double() * y.norm(dim=0).double() for x, y in ((values, v), (grad, g)))
+    unit = (size_v * size_g).sqrt()  # what both sizes become, channel by channel
+    unit_v, unit_g = (unit / y.norm(dim=0).double().clamp(min=1e-30) for y in (v, g))
+    largest = unit.amax().clamp(min=torch.finfo(torch.float64).tiny)
+    v, g = v * (unit_v / largest).to(v), g * (unit_g / largest).to(g)
+    energy, directions = torch.linalg.eigh((v.T @ v + g.T @ g).double())  # rising
     lost = energy.clamp(min=0).cumsum(0)
     first = min(int((lost <= NEGLIGIBLE_ENERGY * lost[-1]).sum()), len(lost) - 1)
-    return directions[:, first:].to(values)
+    basis = directions[:, first:]
+    return v @ (basis * largest).to(v), g @ (basis * largest).to(g)
 
 
 def _bags(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -26,8 +26,6 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 AUTO_EXACT_POINTS = 4096  # up to here "auto" computes all pairs: tens of milliseconds on a CPU, and no error to discuss
 MAX_FEATURE = 1e6  # bandwidths from the origin; beyond, float32 positions are no longer fractions of a bandwidth
 
-Span = tuple[list[float], list[float]]  # least and greatest value of each column of the features
-
 
 class Engine(Protocol):
     """What computes K v for points that are known to be good: packed, finite, without masked ones, detached."""
@@ -70,7 +68,7 @@ class Operator:
         mask: ``(B, N)`` bool, True where a point takes part, at least one in each item; None for everywhere.
         method: "exact" or "lattice", or "auto" for exact up to `AUTO_EXACT_POINTS` points an item.
         tolerance: of the exact engine.
-        precision: of the exact engine on a GPU.
+        precision: of the exact engine on a GPU; float32 whatever is asked for where self-messages go.
         remove_self: leave out j = i.
 
     Attributes:
@@ -80,7 +78,7 @@ class Operator:
 
     Raises:
         ValueError: a feature of a point that takes part is not finite or too large. Not checked while a CUDA graph is
-            captured, when the host must not read the device; the result is NaN then.
+            captured, when the host must not read the device; features that are not finite give NaN then.
     """
 
     def __init__(
@@ -107,7 +105,10 @@ class Operator:
                 self.inside = mask.reshape(-1).nonzero().view(-1)
                 points, counts = points[self.inside], mask.sum(1).tolist()
         points = points.contiguous()
-        span = None if capturing else _span(points)
+        if not capturing:
+            _check_span(points)
+        if remove_self:  # what is taken away must be what was sent, to the last bits
+            precision = "float32"
         self.method: Method = "exact" if max(counts) <= AUTO_EXACT_POINTS else "lattice"
         if method != "auto":
             self.method = method
@@ -122,7 +123,7 @@ class Operator:
         else:
             from .gpu.lattice import TritonLatticeEngine
 
-            self.engine = TritonLatticeEngine(points, counts, span)
+            self.engine = TritonLatticeEngine(points, counts)
         self._diagonal = self.engine.diagonal()[:, None] if remove_self else None
 
     def apply(self, values: Tensor, transpose: bool = False) -> Tensor:
@@ -150,18 +151,11 @@ class Operator:
         return rows.view(*like.shape[:2], -1)
 
 
-def _span(points: Tensor) -> Span | None:
-    """Least and greatest of each column, read from a GPU once; on a CPU nobody needs it and None is returned."""
-    span: Span | None = None
-    if points.is_cuda or serves(points):
-        low, high = torch.stack(points.aminmax(dim=0)).tolist()
-        span = low, high
-        largest = max((abs(x) for x in low + high), key=lambda x: (x != x, x))  # NaN before all others
-    else:
-        largest = float(points.abs().max())
+def _check_span(points: Tensor) -> None:
+    """Waits for a GPU, once."""
+    largest = float(points.abs().max())
     if not largest <= MAX_FEATURE:  # NaN too
         raise ValueError(
             f"features must be finite and at most {MAX_FEATURE:g} bandwidths from 0, got {largest:g}; "
             "is a bandwidth too small, or a pixel NaN that a mask should leave out?"
         )
-    return span

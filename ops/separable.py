@@ -121,14 +121,15 @@ def _separable(x: Tensor, theta: Tensor, shape: Sequence[int], moments: Sequence
 def _gradients(ctx: Any, grad: Tensor, apply: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, theta = ctx.saved_tensors
     grad_x = grad_theta = None
-    if ctx.needs_input_grad[0]:  # K is symmetric
-        grad_x = apply(grad, theta, ctx.shape, ctx.moments)
-    if ctx.needs_input_grad[1]:
-        parts = []
-        for axis in range(len(ctx.shape)):
-            moments = [m + (a == axis) for a, m in enumerate(ctx.moments)]
-            parts.append((grad * apply(x, theta, ctx.shape, moments)).sum().to(theta))
-        grad_theta = torch.stack(parts) / theta**3
+    with torch.autocast(grad.device.type, enabled=False):
+        if ctx.needs_input_grad[0]:  # K is symmetric
+            grad_x = apply(grad, theta, ctx.shape, ctx.moments)
+        if ctx.needs_input_grad[1]:
+            parts = []
+            for axis in range(len(ctx.shape)):
+                moments = [m + (a == axis) for a, m in enumerate(ctx.moments)]
+                parts.append((grad * apply(x, theta, ctx.shape, moments)).sum().to(theta))
+            grad_theta = torch.stack(parts) / theta**3
     return grad_x, grad_theta, None, None
 
 
@@ -201,7 +202,7 @@ class GridFilter:
         mask: Tensor | None = None,
         remove_self: bool = False,
     ) -> None:
-        self.shape = tuple(int(n) for n in shape)
+        self.shape = tuple(shape)
         self.N = math.prod(self.shape)
         if not 1 <= len(self.shape) <= 3 or min(self.shape) < 1:
             raise ValueError(f"shape must have 1 to 3 axes of at least 1 pixel, got {tuple(shape)}")
@@ -230,7 +231,7 @@ class GridFilter:
             if self.remove_self:
                 n = (n - 1.0).clamp(min=SELF_FLOOR)
             n = n.to(values)
-            if not self.theta.requires_grad:
+            if not (self.theta.requires_grad or gpu.capturing(n)):  # what is captured holds nothing before it runs
                 self._n = n
         return n
 
@@ -274,15 +275,16 @@ class GridFilter:
             return self._sent(self._apply(self._sent(values)))
 
     def _apply(self, x: Tensor) -> Tensor:  # (B, N, C) → (B, N, C)
-        smooth: Tensor = _separable(x, self.theta, self.shape, (0,) * len(self.shape))
+        theta = self.theta.clone() if _unusable(self.theta) else self.theta
+        smooth: Tensor = _separable(x, theta, self.shape, (0,) * len(self.shape))
         return smooth - x if self.remove_self else smooth
 
     def _sent(self, values: Tensor) -> Tensor:
         return values if self.mask is None else values.masked_fill(~self.mask[..., None], 0)
 
     def _check_values(self, values: Tensor) -> None:
-        batch = None if self.mask is None else len(self.mask)
-        if values.ndim != 3 or values.shape[1] != self.N or batch not in (None, len(values)):
+        batch = None if self.mask is None else self.mask.shape[0]
+        if values.ndim != 3 or values.shape[1] != self.N or (batch is not None and values.shape[0] != batch):
             wanted = f"({'B' if batch is None else batch}, {self.N}, C)"
             raise ValueError(f"values must be {wanted} for the grid {self.shape}, got {tuple(values.shape)}")
         if values.dtype not in (torch.float32, torch.float64):

@@ -15,13 +15,13 @@ from torch import Tensor
 
 SPACING = 1 / 0.89  # of the lattice, in units of the usual one; README.md says why not 1
 
-_KEY_LIMIT = 2**62  # vertex keys with a digit for each coordinate stay below this
+KEY_LIMIT = 2**62  # vertex keys with a digit for each coordinate stay below this
 
 
 def elevation(D: int) -> Tensor:
     """(D + 1, D) float64: from feature space onto the lattice's hyperplane, a similarity."""
-    j = torch.arange(1, D + 1, dtype=torch.float64)
-    basis = torch.triu(torch.ones(D + 1, D, dtype=torch.float64))  # y_j = sum_{k > j} g_k - j g_j
+    j = torch.arange(1, D + 1, dtype=torch.float64, device="cpu")
+    basis = torch.triu(torch.ones(D + 1, D, dtype=torch.float64, device="cpu"))  # y_j = sum_{k > j} g_k - j g_j
     basis[1:].diagonal().copy_(-j)
     return basis * (math.sqrt(2.0 / 3.0) * (D + 1) / SPACING / torch.sqrt(j * (j + 1)))
 
@@ -41,13 +41,14 @@ def locate(
     nearest = torch.round(y)
     corner = nearest.long()
     residual = y.sub_(nearest)
-    rank = torch.arange(D + 1, dtype=torch.int8, device=features.device)[:, None].repeat(1, P)  # ties by position
+    small = torch.int8 if D < 64 else torch.int16
+    rank = torch.arange(D + 1, dtype=small, device=features.device)[:, None].repeat(1, P)  # ties by position
     for i in range(D + 1):
         for j in range(i + 1, D + 1):
             less = (residual[i] < residual[j]).view(torch.int8)
             rank[i] += less
             rank[j] -= less
-    rank += corner.sum(0).to(torch.int8)  # how far the rounded point is off the hyperplane, at most D / 2
+    rank += corner.sum(0).to(small)  # how far the rounded point is off the hyperplane, at most D / 2
     wrap = (rank < 0).view(torch.int8) - (rank > D).view(torch.int8)
     rank += wrap * (D + 1)
     corner += wrap
@@ -80,7 +81,7 @@ class VertexTable:
         sizes = [len(counts), D1, *(int(span) + 5 for span in high - low)]  # neighbours reach at most 2 beyond
         item = torch.repeat_interleave(torch.tensor(counts, device=rank.device)) if len(counts) > 1 else None
         coordinates = corner[:-1] - (low - 2)[:, None]
-        exact = math.prod(sizes) < _KEY_LIMIT
+        exact = math.prod(sizes) < KEY_LIMIT
         self._checks: Tensor | None = None
         generator = torch.Generator().manual_seed(0)
         while True:
@@ -116,7 +117,7 @@ class VertexTable:
 
 
 def _mixed_radix(sizes: list[int]) -> Tensor:
-    return torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))])
+    return torch.tensor([math.prod(sizes[i + 1 :]) for i in range(len(sizes))], device="cpu")
 
 
 def _random(n: int, generator: torch.Generator) -> Tensor:

@@ -43,7 +43,7 @@ class TracedOperator:
         if method == "auto":
             method = "exact" if features.shape[1] <= AUTO_EXACT_POINTS else "lattice"
         self.method, self._mask, self._remove_self = method, mask, remove_self
-        self._precision = precision
+        self._precision = "float32" if remove_self else precision
         self._plan = build(features.detach(), mask, method, tolerance, precision, remove_self)
 
     def apply(self, features: Tensor, values: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ def build(
     diagonal = operator._diagonal
     plan.append(features.new_empty(0, 1) if diagonal is None else diagonal)
     sizes = _sizes(features, method, remove_self)
-    lengths = torch.tensor([len(tensor) for tensor in plan])
+    lengths = torch.tensor([len(tensor) for tensor in plan], device="cpu")
+    if serves(features) and mask is None:
+        lengths = features.new_empty(0, dtype=torch.int64)  # nobody asks, and graphs on a GPU want no CPU tensors
     return [_padded(tensor, shape) for tensor, (shape, _) in zip(plan, sizes, strict=True)] + [lengths]
 
 
@@ -79,7 +81,9 @@ def _(
 ) -> list[Tensor]:
     sizes = _sizes(features, method, remove_self)
     plan = [features.new_empty(shape, dtype=dtype or features.dtype) for shape, dtype in sizes]
-    return plan + [torch.empty(len(plan), dtype=torch.int64)]
+    if serves(features) and mask is None:
+        return plan + [features.new_empty(0, dtype=torch.int64)]
+    return plan + [torch.empty(len(plan), dtype=torch.int64, device="cpu")]
 
 
 @torch.library.custom_op("crfnet::apply", mutates_args=())
@@ -97,6 +101,33 @@ def apply(
 
 
 @apply.register_fake
+def _(
+    plan: Sequence[Tensor],
+    features: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    method: str,
+    precision: str,
+    transpose: bool,
+) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("crfnet::apply_once", mutates_args=())
+def apply_once(
+    plan: Sequence[Tensor],
+    features: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    method: str,
+    precision: str,
+    transpose: bool,
+) -> Tensor:
+    """`apply` for backward, which autograd refuses to differentiate again: the way to the features would be missing."""
+    return _restore(plan, features, mask, method, precision).apply(values, transpose).contiguous()
+
+
+@apply_once.register_fake
 def _(
     plan: Sequence[Tensor],
     features: Tensor,
@@ -146,7 +177,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *plan, features, values, mask = ctx.saved_tensors
     by_features = by_values = None
     if ctx.needs_input_grad[2]:
-        by_values = apply(plan, features.detach(), grad, mask, ctx.method, ctx.precision, not ctx.transpose)
+        by_values = apply_once(plan, features.detach(), grad, mask, ctx.method, ctx.precision, not ctx.transpose)
     if ctx.needs_input_grad[1]:
         v, g = (grad, values) if ctx.transpose else (values, grad)
         by_features = feature_gradient(plan, features.detach(), v, g, mask, ctx.method, ctx.precision)

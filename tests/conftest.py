@@ -1,6 +1,7 @@
 """What every test gets: Triton's interpreter without a GPU, one way to round, and real images where they are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,23 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+    for item in items:
+        if torch.cuda.is_available():  # what the interpreter plays elsewhere
+            if item.path.name in ("test_gpu.py", "test_gpu_exact.py", "test_gpu_lattice.py"):
+                item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    """Triton's kernels on tensors of the CPU; where there is a GPU, only with TRITON_INTERPRET=1."""
+    from crfnet.ops.gpu import interpreted
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs in Triton's interpreter, which TRITON_INTERPRET=1 turns on")
+    with interpreted():
+        yield
 
 
 @pytest.fixture(scope="session")

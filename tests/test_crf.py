@@ -1013,3 +1013,18 @@ def test_the_number_of_iterations_of_a_diagnosis_is_checked():
     for wrong in (-1, 2.5):
         with pytest.raises(ValueError, match="num_iterations must be a whole number, 0 or more, got"):
             DenseCRF(3).diagnose(LOGITS, IMAGE, num_iterations=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_of_either_kind_under_autocast(dtype):
+    image, logits = 255 * torch.rand(1, 3, 6, 7), torch.randn(1, 3, 6, 7).to(dtype)
+    crf = DenseCRF(3)
+    expected = crf(logits, image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(crf(logits, image), expected)
+
+
+def test_the_result_is_the_callers_own():
+    image, logits = 255 * torch.rand(1, 3, 6, 7), torch.randn(1, 1, 6, 7)
+    out = dense_crf(image, logits, spatial_weight=0.0, bilateral_weight=0.0)
+    assert out.data_ptr() != logits.data_ptr()

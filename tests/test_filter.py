@@ -207,3 +207,24 @@ def test_bad_input_is_named(case):
     arguments = {"features": good_features, "values": good_values, **change}
     with pytest.raises(error, match=message):
         gaussian_filter(**arguments)
+
+
+@pytest.mark.parametrize("method", ["exact", "lattice"])
+def test_features_changed_before_backward_are_noticed(method):
+    features, values = torch.rand(1, 20, 2, requires_grad=True), torch.rand(1, 20, 3)
+    out = gaussian_filter(features, values, method=method)
+    with torch.no_grad():
+        features.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_row_sums_kept_from_before_get_no_part_in_a_gradient():
+    features, values = torch.rand(1, 20, 2), torch.rand(1, 20, 3)
+    fresh = features.clone().requires_grad_()
+    wanted = torch.autograd.grad(gaussian_filter(fresh, values, normalization="after").square().sum(), fresh)[0]
+    build = GaussianFilter(features, normalization="after")
+    build(values)
+    features.requires_grad_()
+    found = torch.autograd.grad(build(values).square().sum(), features)[0]
+    torch.testing.assert_close(found, wanted)

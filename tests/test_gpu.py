@@ -86,6 +86,24 @@ def test_removed_self_messages(device, method):
     assert error(found, wanted) < 1e-4  # n is smaller by 1, hence more sensitive
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "fp16"])
+def test_a_pixel_alone_hears_nothing_once_it_does_not_hear_itself(device, precision):
+    features, values = 1e3 * torch.arange(70.0)[None, :, None].to(device), torch.rand(1, 70, 4).to(device)
+    found = gaussian_filter(
+        features, values, method="exact", normalization="after", remove_self=True, precision=precision
+    )
+    assert found.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("theta", [-3.0, 0.0, math.nan, math.inf])
+def test_a_bandwidth_that_is_none_is_an_error_or_loud(device, theta):
+    with pytest.raises(ValueError, match="theta must be positive"):
+        GridFilter((5, 6), theta)
+    if device == "cuda":  # a learnt one is not looked at
+        out = GridFilter((5, 6), torch.tensor(theta, device=device))(torch.rand(1, 30, 2, device=device))
+        assert bool(out.isnan().all())
+
+
 SIZES = [(1, 1, 1, 1), (3, 1, 2, 2), (1, 63, 1, 16), (1, 64, 2, 17), (1, 65, 16, 1), (2, 130, 6, 33), (1, 70, 9, 300)]
 
 
@@ -182,7 +200,7 @@ def test_inference_is_training_without_gradients(device):
 @pytest.mark.parametrize(("version", "reason"), [("3.2.0", "Triton 3.2.0 is older than 3.3"), ("3.10.1+git", "")])
 def test_a_triton_that_is_too_old_is_named(monkeypatch, version, reason):
     monkeypatch.setattr(gpu.metadata, "version", lambda name: version)
-    assert gpu.missing.__wrapped__() == (reason if find_spec("triton") else "Triton is not installed")
+    assert gpu._missing() == (reason if find_spec("triton") else "Triton is not installed")
 
 
 good_features, good_values = torch.rand(2, 6, 3), torch.rand(2, 6, 4)
@@ -302,18 +320,20 @@ def test_a_captured_layer_with_broken_inputs_says_nan():
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", METHODS)
 def test_other_streams(engine):
-    crf, logits, image = layer(engine=engine)
-    wanted = crf(logits, image)
+    features, values = (tensor.float().cuda() for tensor in draw(1, 3000, 5, 8))
+    build = GaussianFilter(features, method=engine, normalization="after")
+    wanted = build(values)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(10**8)
-        found = crf(logits + 0, image + 0)
+        torch.cuda._sleep(10**8)  # a kernel on another stream would not wait for the values
+        found = build(values * 1.0)
     stream.synchronize()
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's, of products of class matrices
 @pytest.mark.parametrize("engine", METHODS)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_the_default_compiler_on_a_gpu(engine, mode):

@@ -3,7 +3,6 @@
 This process has Triton's interpreter on; kernels are compiled in others, which have not.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -164,7 +163,7 @@ def test_the_command_tells_of_faults(monkeypatch, capsys):
 
 
 def test_without_triton_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(doctor, "MISSING", "Triton is not installed")
     monkeypatch.setattr(doctor, "LIMITS", {})
     assert cli.main(["doctor", "--compile", "sm_80"]) == 1
     assert "BROKEN kernels for sm_80: nothing compiled: Triton is not installed" in capsys.readouterr().out

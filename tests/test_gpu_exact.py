@@ -368,3 +368,14 @@ def test_near_and_wide_tiles_meet():
     truth = filtered(features, values, [400])
     allowed = (engine.error_bound + engine.rounding_bound) * filtered(features, torch.ones_like(values), [400])
     assert bool(((engine.apply(values) - truth).abs() <= allowed * values.abs().max()).all())
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_as_small_and_as_large_as_float32(scale, precision):
+    features, values, _ = draw(70, 2, 3)
+    values = values / values.abs().max()
+    features *= 100  # so that sums stay in range
+    engine = TritonExactEngine(features, [70], 1e-6, precision)
+    truth = filtered(features, values * scale, [70])
+    assert ((engine.apply(values * scale) - truth).abs() <= 2**-9 * truth.abs().max()).all()

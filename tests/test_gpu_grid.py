@@ -7,21 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crfnet.ops import gpu, reference
+from crfnet.ops import reference
 from crfnet.ops.gpu import grid
 from crfnet.ops.gpu.grid import smooth
 from crfnet.ops.reference import NORMALIZATIONS
 from crfnet.ops.separable import GridFilter
 
-# Triton 3.6's interpreter reads the bounds of loops so
-
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(autouse=True)
-def interpreted():
-    with gpu.interpreted():
-        yield
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 def band(n: int, theta: float, moment: int) -> Tensor:  # (n, n) float64
@@ -229,3 +224,8 @@ def test_compiled_is_the_same():
 
 def test_empty_batch():
     assert GridFilter((3, 4), 1.0, normalization="after")(torch.empty(0, 12, 2)).shape == (0, 12, 2)
+
+
+@pytest.mark.parametrize("theta", [-3.0, 0.0, math.nan, math.inf])
+def test_a_bandwidth_that_is_none_ends_as_nan(theta):
+    assert smooth(draw(1, 9, 4).float(), torch.tensor(theta, dtype=torch.float64), 0).isnan().all()

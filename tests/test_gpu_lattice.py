@@ -10,8 +10,6 @@ from crfnet.ops.lattice import LatticeEngine
 lattice_build = pytest.importorskip("crfnet.ops.gpu.lattice_build", reason="needs Triton")
 from crfnet.ops.gpu.lattice import TritonLatticeEngine  # noqa: E402
 
-# what the interpreter of Triton 3.6 does with run-time bounds of loops
-
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,12 +19,8 @@ def draw(P: int, D: int, C: int = 3, scale: float = 2.0, seed: int = 0) -> list[
     return [features.to(device), *(torch.rand(P, C, generator=generator).to(device) for _ in range(2))]
 
 
-def span(features: Tensor) -> tuple[list[float], list[float]]:
-    return features.amin(0).tolist(), features.amax(0).tolist()
-
-
-def triton_engine(features: Tensor, counts: list[int] | None = None, known: bool = True) -> TritonLatticeEngine:
-    return TritonLatticeEngine(features, counts or [len(features)], span(features) if known else None)
+def triton_engine(features: Tensor, counts: list[int] | None = None) -> TritonLatticeEngine:
+    return TritonLatticeEngine(features, counts or [len(features)])
 
 
 def truth_engine(features: Tensor, counts: list[int] | None = None) -> LatticeEngine:
@@ -59,10 +53,9 @@ CASES = [  # P, D, C, counts: around the length of a chunk and the widths that k
 
 
 @pytest.mark.parametrize(("P", "D", "C", "counts"), CASES)
-@pytest.mark.parametrize("known", [True, False])
-def test_operator_is_that_of_the_plain_engine(P, D, C, counts, known):
+def test_operator_is_that_of_the_plain_engine(P, D, C, counts):
     features, values, _ = draw(P, D, C)
-    ours, truth = triton_engine(features, counts, known), truth_engine(features, counts)
+    ours, truth = triton_engine(features, counts), truth_engine(features, counts)
     plain = LatticeEngine(features, counts)
     assert ours.num_vertices == truth.num_vertices == plain.num_vertices
     for transpose in (False, True):
@@ -133,9 +126,30 @@ def test_digits_have_room_for_every_vertex_and_its_neighbours(P, D, scale, seed)
     features, _, _ = draw(P, D, scale=scale, seed=seed)
     _, _, corner = simplex.locate(features.double())
     needed = corner[:-1].amax(1) - corner[:-1].amin(1) + 5  # a simplex and neighbours reach 2 beyond on either side
-    sizes = lattice_build._sizes(span(features), 3)
-    assert sizes[:2] == [3, D + 1]
-    assert all(size >= need for size, need in zip(sizes[2:], needed.tolist(), strict=True))
+    digits, hashed = mixed_radix(features, 3)
+    if hashed:  # a box of wide features, or of many
+        assert scale == 1e3 or D > 6
+    else:
+        assert digits[-1] == 1 and digits[0] == digits[1] * (D + 1)
+        sizes = [larger // smaller for larger, smaller in zip(digits[1:-1], digits[2:], strict=True)]
+        assert all(size >= need for size, need in zip(sizes, needed.tolist(), strict=True))
+
+
+def test_a_photograph_needs_no_random_digits():
+    """Positions of 2048x1024 pixels at a bandwidth of 30, colours of 0..255 at 3; 64 of them in a batch."""
+    box = torch.tensor([[0.0] * 5, [1024 / 30, 2048 / 30, 85.0, 85.0, 85.0]], device=device)
+    assert not mixed_radix(box, 64)[1]
+
+
+def mixed_radix(features: Tensor, B: int) -> tuple[list[int], bool]:
+    """The digits of item, remainder and coordinates, and whether they are random."""
+    D = features.shape[1]
+    low, high = features.aminmax(dim=0)
+    digits = torch.empty(2, D + 2, dtype=torch.int64, device=device)
+    hashed = torch.empty(1, dtype=torch.int32, device=device)
+    random = lattice_build._random(D + 2, low.device)
+    lattice_build._digits_kernel[(1,)](low, high, random, digits, hashed, B, simplex.KEY_LIMIT, D=D)
+    return digits[0].tolist(), bool(hashed)
 
 
 @pytest.mark.parametrize(("P", "D"), [(300, 2), (2100, 1)])  # over 5 chunks, and over more than are added at a time
@@ -161,9 +175,7 @@ def test_built_twice_gives_the_same_bits():
     first, second = triton_engine(features, [40, 50]), triton_engine(features, [40, 50])
     assert torch.equal(first.apply(values), second.apply(values))
     assert torch.equal(first.feature_gradient(values, grad), second.feature_gradient(values, grad))
-    # keys of another kind put vertices in another order; sums over points keep theirs
-    other = triton_engine(features, [40, 50], known=False)
-    assert torch.equal(first.diagonal(), other.diagonal())
+    assert torch.equal(first.diagonal(), second.diagonal())
 
 
 def test_items_do_not_see_each_other():
@@ -177,59 +189,37 @@ def test_items_do_not_see_each_other():
 def test_random_digits_name_the_same_vertices(monkeypatch):
     features, values, _ = draw(70, 3)
     normal = triton_engine(features, [30, 40])
-    monkeypatch.setattr(simplex, "_KEY_LIMIT", 0)  # random digits for everyone
+    monkeypatch.setattr(simplex, "KEY_LIMIT", 0)  # random digits for everyone
     hashed = triton_engine(features, [30, 40])
     assert hashed.num_vertices == normal.num_vertices
     assert_near(hashed.apply(values), normal.apply(values).double())
 
 
 def test_random_digits_differ():
-    digits = torch.cat([lattice_build._random(18, seed, torch.device(device)).flatten() for seed in range(20)])
+    digits = lattice_build._random(180, torch.device(device)).flatten()
     assert len(digits.unique()) == len(digits)
     bits = torch.stack([(digits >> bit) & 1 for bit in range(64)]).double().mean(1)
     assert ((bits - 0.5).abs() < 5 * 0.5 / len(digits) ** 0.5).all()  # each bit is set half the time, to 5 sigma
 
 
-def degenerate(random):
-    """Random digits of which the first draw gives every vertex the same key."""
-    draws = []
-
-    def draw_digits(n, seed, where):
-        draws.append(seed)
-        digits = random(n, seed, where)
-        return torch.stack([torch.zeros_like(digits[0]), digits[1]]) if len(draws) == 1 else digits
-
-    return draw_digits, draws
-
-
-def test_colliding_keys_are_noticed_and_drawn_again(monkeypatch):
-    features, values, _ = draw(65, 5)
-    normal = triton_engine(features)
-    monkeypatch.setattr(simplex, "_KEY_LIMIT", 0)
-    digits, draws = degenerate(lattice_build._random)
-    monkeypatch.setattr(lattice_build, "_random", digits)
-    again = triton_engine(features)
-    assert draws == [0, 1]
-    assert_near(again.apply(values), normal.apply(values).double())
-
-
-def test_colliding_keys_end_as_nan_where_nothing_may_be_read(monkeypatch):
+def test_colliding_keys_end_as_nan(monkeypatch):
     features, values, grad = draw(65, 5)
-    digits, draws = degenerate(lattice_build._random)
-    monkeypatch.setattr(lattice_build, "_random", digits)
-    engine = triton_engine(features, known=False)
-    assert draws == [0]
+    random = lattice_build._random
+    monkeypatch.setattr(simplex, "KEY_LIMIT", 0)
+    monkeypatch.setattr(
+        lattice_build, "_random", lambda n, where: random(n, where) * torch.tensor([[0], [1]]).to(where)
+    )
+    engine = triton_engine(features)
     for out in (engine.apply(values), engine.feature_gradient(values, grad), engine.diagonal()):
         assert out.isnan().all()
 
 
-@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("D", [1, 3, 6])
-def test_far_from_the_origin_and_far_apart(D, known):
+def test_far_from_the_origin_and_far_apart(D):
     features, values, _ = draw(65, D)
     features[30:] += 1e6  # up to spans that no digits have room for
     features = features.clamp(-1e6, 1e6)
-    ours, truth = triton_engine(features, known=known), truth_engine(features)
+    ours, truth = triton_engine(features), truth_engine(features)
     assert ours.num_vertices == truth.num_vertices
     # no worse than near the origin, since positions in the lattice are computed in float64
     assert_near(ours.apply(values), truth.apply(values.double()))
@@ -239,7 +229,7 @@ def test_far_from_the_origin_and_far_apart(D, known):
 def test_features_that_are_no_positions_end_as_nan(bad):
     features, values, _ = draw(70, 3)
     features[5, 1] = bad
-    engine = triton_engine(features, known=False)
+    engine = triton_engine(features)
     assert engine.num_vertices <= 70 * 4
     assert engine.apply(values)[5].isnan().all() and engine.diagonal()[5].isnan()
 
@@ -247,4 +237,4 @@ def test_features_that_are_no_positions_end_as_nan(bad):
 def test_too_many_points_are_refused():
     features = torch.empty(1, 1, device=device).expand(2**29 + 1, 1)  # 4 bytes
     with pytest.raises(ValueError, match="at most 536870912 points"):
-        TritonLatticeEngine(features, [2**29 + 1], ([0.0], [1.0]))
+        TritonLatticeEngine(features, [2**29 + 1])

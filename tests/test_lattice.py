@@ -93,7 +93,7 @@ def test_items_do_not_see_each_other():
 def test_keys_too_wide_for_64_bits_name_the_same_vertices(D, monkeypatch):
     features, values, _ = draw(200, D, scale=3.0)
     normal = LatticeEngine(features, [90, 110])
-    monkeypatch.setattr(simplex, "_KEY_LIMIT", 0)  # random digits for everyone
+    monkeypatch.setattr(simplex, "KEY_LIMIT", 0)  # random digits for everyone
     hashed = LatticeEngine(features, [90, 110])
     assert hashed.num_vertices == normal.num_vertices
     torch.testing.assert_close(hashed.apply(values), normal.apply(values))
@@ -102,7 +102,7 @@ def test_keys_too_wide_for_64_bits_name_the_same_vertices(D, monkeypatch):
 def test_colliding_keys_are_noticed_and_drawn_again(monkeypatch):
     features, values, _ = draw(200, 5, scale=3.0)
     normal = LatticeEngine(features, [200])
-    monkeypatch.setattr(simplex, "_KEY_LIMIT", 0)
+    monkeypatch.setattr(simplex, "KEY_LIMIT", 0)
     draws = []
     random = simplex._random
 
@@ -145,3 +145,27 @@ def test_numpy_and_torch_sort_alike():
     keys = torch.randint(0, 50, (1000,), generator=torch.Generator().manual_seed(0))
     for small, large in zip(simplex._sort(keys.clone(), 50), simplex._sort(keys, None), strict=True):
         assert torch.equal(small, large)
+
+
+def test_a_gradient_that_sits_in_a_small_channel_is_not_lost(monkeypatch):
+    """The usual case in a segmentation: much background, and a loss that asks for the rare class."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(300, 2, generator=generator) * 3
+    values = torch.rand(300, 2, generator=generator) * torch.tensor([1000.0, 1.0])
+    grad = torch.randn(300, 2, generator=generator) * torch.tensor([0.0, 1.0])
+    engine = LatticeEngine(features, [300])
+    found = engine.feature_gradient(values, grad)
+    monkeypatch.setattr(lattice, "NEGLIGIBLE_ENERGY", 0.0)
+    torch.testing.assert_close(
+        found, engine.feature_gradient(values, grad), rtol=0, atol=0.03 * float(found.abs().max())
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_gradients_to_features_do_not_mind_the_scale(scale):
+    generator = torch.Generator().manual_seed(0)
+    features, values, grad = (torch.rand(200, n, generator=generator) for n in (3, 4, 4))
+    engine = LatticeEngine(features, [200])
+    expected = engine.feature_gradient(values, grad)
+    found = engine.feature_gradient(values * scale, grad / scale)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

@@ -179,3 +179,13 @@ def test_pieces_are_those_of_the_whole_even_where_theta_is_learnt(normalization)
         for start, stop in [(0, 15), (15, 60), (60, 120)]:
             received, factor = receive(start, stop)
             torch.testing.assert_close(received if factor is None else received * factor, whole[start:stop])
+
+
+def test_backward_under_autocast_is_backward_without():
+    values, theta = torch.rand(1, 30, 4, requires_grad=True), torch.tensor(1.5, requires_grad=True)
+    out = GridFilter((5, 6), theta, normalization="after")(values).square().sum()
+    expected = torch.autograd.grad(out, (values, theta), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, (values, theta))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)

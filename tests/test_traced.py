@@ -148,6 +148,34 @@ def test_the_default_compiler_takes_the_layer_for_any_size():
 
 
 @pytest.mark.parametrize("engine", METHODS)
+def test_an_exported_crf_takes_other_sizes(engine):
+    logits, image = scene()
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine).eval()
+    sizes = {0: torch.export.Dim("B"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
+    loaded = torch.export.export(crf, (logits, image), dynamic_shapes=(sizes, sizes)).module()
+    for shape in ((1, 7, 12), (3, 10, 5)):
+        logits, image = scene(shape[0], 4, *shape[1:])
+        torch.testing.assert_close(
+            loaded(logits, image).softmax(1), crf(logits, image).softmax(1), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_second_derivative_through_a_graph_is_refused():
+    features, values, _ = draw()
+    program = torch.export.export(Filter(), (features, values)).module()
+    features.requires_grad_()
+    values.requires_grad_()
+    (grad,) = torch.autograd.grad(program(features, values).square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.square().sum().backward()
+
+
+class Filter(torch.nn.Module):
+    def forward(self, features: Tensor, values: Tensor) -> Tensor:
+        return gaussian_filter(features, values, method="exact")
+
+
+@pytest.mark.parametrize("engine", METHODS)
 def test_an_exported_crf_runs_alone(engine, tmp_path):
     logits, image = scene()
     crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine).eval()

@@ -23,7 +23,11 @@ _cpu_tensors = False
 
 def serves(tensor: Tensor) -> bool:
     """Whether the Triton kernels compute on such a tensor."""
-    return tensor.dtype == torch.float32 and ((tensor.is_cuda and _triton()) or (_cpu_tensors and not tensor.is_cuda))
+    if tensor.dtype != torch.float32 or not (tensor.is_cuda or _cpu_tensors):
+        return False
+    if MISSING and not torch.compiler.is_compiling():
+        _warn()
+    return not MISSING
 
 
 @contextmanager
@@ -43,9 +47,14 @@ def interpreted() -> Iterator[None]:
         _cpu_tensors = before
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what happens on the tensor's device is being captured in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def host_may_read(tensor: Tensor) -> bool:
     """Whether values may decide what the host does next: not in a graph being compiled, nor captured on a GPU."""
-    return not (torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+    return not (torch.compiler.is_compiling() or capturing(tensor))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -53,8 +62,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@cache
-def missing() -> str:
+def _missing() -> str:
     """Why the kernels cannot be had: that Triton is absent or too old; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -63,8 +71,9 @@ def missing() -> str:
     return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}" if old else ""
 
 
+MISSING = _missing()  # a constant, for the sake of those that compile graphs
+
+
 @cache
-def _triton() -> bool:
-    if missing():
-        warnings.warn(f"{missing()}: on the GPU crfnet computes in plain PyTorch, several times slower", stacklevel=2)
-    return not missing()
+def _warn() -> None:
+    warnings.warn(f"{MISSING}: on the GPU crfnet computes in plain PyTorch, several times slower", stacklevel=3)

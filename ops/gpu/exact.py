@@ -108,6 +108,11 @@ class TritonExactEngine:
         """
         t = -(-P // max(1, items * TILE))  # tiles of an item
         T, pairs = items * t, items * t * t
+        if pairs > exact_pairs.MAX_CAPTURED:
+            raise RuntimeError(
+                f"the exact engine cannot be compiled into a graph for {P} points: {pairs} pairs of tiles are too many "
+                "to make room for; use the lattice, or leave the CRF out of the graph"
+            )
         return [((T, TILE), torch.int32), ((T,), torch.int32), ((T, D, TILE), None)] + [
             ((T + 1,), torch.int64),
             ((T,), torch.int32),
@@ -280,16 +285,16 @@ def gradient_configs(D: int, precision: Precision, target: Target) -> list[dict[
 
 
 def _scale(values: Tensor) -> Tensor:
-    """Powers of two ``(C,)`` that are above the channels' largest magnitudes, at most four times."""
-    exponent = torch.frexp(values.abs().amax(0))[1]
-    return torch.ldexp(torch.ones_like(values[0]), exponent.clamp(-100, 126))
+    """Powers of two ``(C,)`` that are above the channels' largest magnitudes, at most twice."""
+    largest = values.abs().amax(0).contiguous().view(torch.int32) >> 23  # exponents, counted from 2^-127
+    return ((largest + 1).clamp(2, 253) << 23).view(torch.float32)
 
 
 @triton.jit
 def _to_tf32(x):
-    """To the nearest of 10 bits after the point. The matrix unit itself cuts the 13 lower bits off."""
+    """To the nearest of 10 bits after the point, whatever the matrix unit does with the 13 bits below them."""
     bits = x.to(tl.int32, bitcast=True)
-    return (bits + 0x1000).to(tl.float32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["C", "stride_c", "stride_slot"])
@@ -307,8 +312,8 @@ def _pack_kernel(
     if PRECISION == "fp16":
         v = v / tl.load(scale + c, mask=c < C, other=1.0)[:, None]
     elif PRECISION == "tf32":
-        bits = _to_tf32(v).to(tl.int32, bitcast=True) & -0x2000
-        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)  # the sum could turn a NaN into a number
+        rounded = _to_tf32(v)
+        v = tl.where(tl.abs(rounded) < float("inf"), rounded, v)  # not the largest numbers up to infinity, nor NaN down
     to = packed + tile * stride_tile + c[:, None] * stride_c + slot[None, :] * stride_slot
     tl.store(to, v.to(packed.dtype.element_ty))
 

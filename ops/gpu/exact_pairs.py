@@ -102,7 +102,7 @@ def _counts(counts: list[int], device: torch.device) -> Tensor:
     """``(items,)`` int64 on the device, without waiting for it."""
     if len(set(counts)) <= 1:  # filled there, which a CUDA graph can do too
         return torch.full((len(counts),), counts[0] if counts else 0, device=device)
-    return torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(counts, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def choose(points: Tensor, tiles: Tiles, tolerance: float, counts: list[int]) -> Pairs:

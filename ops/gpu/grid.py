@@ -72,7 +72,8 @@ def smooth_kernel(
     inside = first_column + tl.arange(0, BLOCK_M) < M
 
     width = tl.load(theta).to(tl.float32)
-    radius = tl.minimum(tl.ceil(width * REACH - 0.5), n - 1.0).to(tl.int32)
+    width = tl.where((width > 0.0) & (width < float("inf")), width, float("nan"))  # and so will be all that is stored
+    radius = tl.where(width > 0.0, tl.minimum(tl.ceil(width * REACH - 0.5), n - 1.0), 0.0).to(tl.int32)
     scale = tl.minimum(0.8493218002880191 / width, 100.0)  # (log2(e) / 2)^½; from 100 on, neighbours hear 2^-10000
     unit = tl.minimum(tl.maximum(width, 1.0), n + 0.0)  # in units of this no moment overflows, however long the axis
 
@@ -83,7 +84,7 @@ def smooth_kernel(
             x + origin + (column[None, :] + j[:, None] * inner), mask=(j[:, None] < n) & inside[None, :], other=0.0
         )  # [BLOCK_J, BLOCK_M]
         r = (i[:, None] - j[None, :]).to(tl.float32)
-        band = tl.exp2(-(r * scale) * (r * scale))
+        band = tl.exp2(-(r * scale) * (r * scale))  # NaN throughout for a bandwidth that is none
         for _ in tl.static_range(MOMENT):
             band *= (r / unit) * (r / unit)
         total = tl.dot(band, values, total, input_precision=PRECISION)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..lattice import _amplitude
 from . import lattice_build, on_device_of
-from .lattice_build import BLOCK, Built, Span, _absent, build, programs_over, room
+from .lattice_build import BLOCK, Built, _absent, build, programs_over, room
 from .target import Build, Target, target_of
 from .tune import pick
 
@@ -59,16 +59,14 @@ class TritonLatticeEngine:
     Args:
         features: ``(P, D)`` float32, contiguous and finite, each column divided by its bandwidth.
         counts: the number of points of each item; items follow one another in ``features`` and never mix.
-        span: least and greatest value of each feature. With it keys are digits in 62 bits where they fit; without it,
-            while a CUDA graph is captured, say, they are random and nothing at all is read from the device.
 
     A point whose features are not finite ends as NaN, and so do points near it. A value that is not finite reaches,
     apart from its neighbours, what is summed in the same chunk, be it of another item.
     """
 
-    def __init__(self, features: Tensor, counts: list[int], span: Span | None) -> None:
+    def __init__(self, features: Tensor, counts: list[int]) -> None:
         self._features, self.dimension = features, features.shape[1]
-        self._built = build(features, counts, span)
+        self._built = build(features, counts)
         self._target = target_of(features)
 
     def plan(self) -> list[Tensor]:

@@ -22,9 +22,8 @@ from ..lattice import _DENSE_SIDE, FULL, MOST_MISSING, SIDE_SLOPE, _amplitude
 from . import on_device_of
 from .target import Build, Target
 
-Span = tuple[list[float], list[float]]  # of each feature, its least and its greatest value over all points
-
 MAX_ENTRIES = 2**30  # vertices of all points, R: numbers of entries and strides between them then fit 32 bits
+MAX_FEATURES = 64  # kernels are unrolled over them; a lattice of so many would not be of use anyway
 BLOCK = 128  # points, entries or vertices of a program
 PROGRAMS_PER_PROCESSOR = 16  # that walk over the vertices; each processor holds that many of 4 warps
 
@@ -70,30 +69,60 @@ class Built:
 def build(
     features: Tensor,  # (P, D) float32, contiguous
     counts: list[int],
-    span: Span | None,
 ) -> Built:
-    """The lattice. Waits for the device only where keys are random and ``span`` shows that it may.
+    """The lattice, without a wait for the device.
 
-    Random keys can collide, with a chance of about M² / 2^65. Then they are drawn again; without ``span``, while
-    nothing may be read, all weights become NaN instead, so that a collision is never silent.
+    Keys are digits of a mixed radix where every vertex fits 62 bits, else random: the device decides. Random keys can
+    collide, with a chance of about M² / 2^65; then all weights become NaN, so that a collision is never silent.
 
     Raises:
         ValueError: too many points for 32-bit entry numbers.
     """
-    P, D = features.shape
-    if P * (D + 1) > MAX_ENTRIES:
+    (P, D), B, device = features.shape, len(counts), features.device
+    R = P * (D + 1)
+    if D > MAX_FEATURES:
+        raise ValueError(f"at most {MAX_FEATURES} features fit the GPU lattice, got {D}; use the exact engine")
+    if R > MAX_ENTRIES:
         raise ValueError(f"at most {MAX_ENTRIES // (D + 1)} points with {D} features fit the GPU lattice, got {P}")
-    items = _items(counts, features.device)
-    sizes = None if span is None else _sizes(span, len(counts))
-    if sizes is not None and math.prod(sizes) < simplex._KEY_LIMIT:
-        built, _ = _build(features, items, len(counts), _to_device(_mixed_radix(sizes), features.device), exact=True)
-        return built
-    seed = 0
-    while True:
-        built, collided = _build(features, items, len(counts), _random(D + 2, seed, features.device), exact=False)
-        if span is None or not bool(collided):
-            return built
-        seed += 1
+
+    def fresh(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    items = _items(counts, device)
+    low, high = features.aminmax(dim=0)
+    digits, hashed = fresh(2, D + 2, dtype=torch.int64), fresh(1)
+    weights, ranks = fresh(D + 1, P, dtype=torch.float32), fresh(D + 1, P, dtype=torch.int8)
+    keys, checks = fresh(R, dtype=torch.int64), fresh(R, dtype=torch.int64)
+    collided = torch.zeros(1, dtype=torch.int32, device=device)
+    heads, vertices, points, splat_weights = fresh(R), fresh(D + 1, P), fresh(R), fresh(R, dtype=torch.float32)
+    starts, neighbours = fresh(R + 1), fresh(2, D + 1, room(R))
+    vertex_keys, vertex_checks = fresh(R, dtype=torch.int64), fresh(R, dtype=torch.int64)
+    vertex_last = fresh(R, dtype=torch.int8)
+    vertex_items = None if items is None else fresh(R)
+    count, sides = fresh(1), fresh(B, dtype=torch.float32)
+    tally = torch.zeros(B, 2, dtype=torch.int64, device=device)
+    with on_device_of(features):
+        _digits_kernel[(1,)](low, high, _random(D + 2, device), digits, hashed, B, simplex.KEY_LIMIT, D=D, num_warps=1)
+        sizes = _simplex_sizes(D)
+        _simplex_kernel[(triton.cdiv(P, sizes["POINTS"]),)](
+            features, items, digits, hashed, keys, checks, weights, ranks, P, **sizes
+        )
+        ordered, order = torch.sort(keys, stable=True)
+        blocks = (triton.cdiv(R, BLOCK),)
+        _heads_kernel[blocks](ordered, order, hashed, checks, heads, collided, R, BLOCK=BLOCK)
+        numbers = torch.cumsum(heads, 0, dtype=torch.int32)
+        _number_kernel[blocks](
+            numbers, ordered, order, hashed, checks, collided, items, weights,
+            vertices, points, splat_weights, starts, vertex_keys, vertex_checks, vertex_last, vertex_items, neighbours,
+            count, P, R, room(R), _amplitude(D), D=D, BLOCK=BLOCK,
+        )  # fmt: skip
+        _neighbours_kernel[(programs_over(R, BLOCK, features), D + 1)](
+            vertex_keys, vertex_checks, vertex_last, vertex_items, digits, hashed, count,
+            neighbours[0], neighbours[1], tally, R.bit_length(), room(R), D=D, BLOCK=BLOCK,
+        )  # fmt: skip
+        _side_kernel[(triton.cdiv(B, BLOCK),)](tally, sides, B, D=D, BLOCK=BLOCK)
+    parts = (count, weights, ranks, vertices, numbers, points, splat_weights, starts, neighbours)
+    return Built(*parts, items, vertex_items, sides)
 
 
 def room(R: int) -> int:
@@ -105,47 +134,6 @@ def programs_over(capacity: int, block: int, tensor: Tensor) -> int:
     """How many programs walk over at most ``capacity`` vertices, ``block`` of them at a time."""
     processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
     return max(1, min(triton.cdiv(capacity, block), PROGRAMS_PER_PROCESSOR * processors))
-
-
-def _build(features: Tensor, items: Tensor | None, B: int, digits: Tensor, exact: bool) -> tuple[Built, Tensor]:
-    (P, D), device = features.shape, features.device
-    R = P * (D + 1)
-
-    def fresh(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    weights, ranks = fresh(D + 1, P, dtype=torch.float32), fresh(D + 1, P, dtype=torch.int8)
-    keys = fresh(R, dtype=torch.int64)
-    checks = None if exact else fresh(R, dtype=torch.int64)
-    collided = torch.zeros(1, dtype=torch.int32, device=device)
-    heads, vertices, points, splat_weights = fresh(R), fresh(D + 1, P), fresh(R), fresh(R, dtype=torch.float32)
-    starts, neighbours = fresh(R + 1), fresh(2, D + 1, room(R))
-    vertex_keys, vertex_last = fresh(R, dtype=torch.int64), fresh(R, dtype=torch.int8)
-    vertex_checks = None if exact else fresh(R, dtype=torch.int64)
-    vertex_items = None if items is None else fresh(R)
-    count, sides = fresh(1), fresh(B, dtype=torch.float32)
-    tally = torch.zeros(B, 2, dtype=torch.int64, device=device)
-    with on_device_of(features):
-        sizes = _simplex_sizes(D)
-        _simplex_kernel[(triton.cdiv(P, sizes["POINTS"]),)](
-            features, items, digits, keys, checks, weights, ranks, P, **sizes
-        )
-        ordered, order = torch.sort(keys, stable=True)
-        blocks = (triton.cdiv(R, BLOCK),)
-        _heads_kernel[blocks](ordered, order, checks, heads, collided, R, BLOCK=BLOCK)
-        numbers = torch.cumsum(heads, 0, dtype=torch.int32)
-        _number_kernel[blocks](
-            numbers, ordered, order, checks, collided, items, weights,
-            vertices, points, splat_weights, starts, vertex_keys, vertex_checks, vertex_last, vertex_items, neighbours,
-            count, P, R, room(R), _amplitude(D), D=D, BLOCK=BLOCK,
-        )  # fmt: skip
-        _neighbours_kernel[(programs_over(R, BLOCK, features), D + 1)](
-            vertex_keys, vertex_checks, vertex_last, vertex_items, digits, count, neighbours[0], neighbours[1], tally,
-            R.bit_length(), room(R), D=D, BLOCK=BLOCK,
-        )  # fmt: skip
-        _side_kernel[(triton.cdiv(B, BLOCK),)](tally, sides, B, D=D, BLOCK=BLOCK)
-    parts = (count, weights, ranks, vertices, numbers, points, splat_weights, starts, neighbours)
-    return Built(*parts, items, vertex_items, sides), collided
 
 
 def _simplex_sizes(D: int) -> dict[str, int]:
@@ -162,34 +150,47 @@ def _items(counts: list[int], device: torch.device) -> Tensor | None:
     return torch.cat([torch.full((n,), i, dtype=torch.int32, device=device) for i, n in enumerate(counts)])
 
 
-def _sizes(span: Span, B: int) -> list[int]:
-    """How many values each digit of a key can take: item, remainder, and the coordinates but one, divided by D + 1."""
-    low, high = (torch.tensor(bound, dtype=torch.float64) for bound in span)
-    D = len(low)
-    scaled = simplex.elevation(D)[:D] / (D + 1)
-    ends = torch.stack([scaled * low, scaled * high])
-    # rounding and wrapping go 1 beyond and a simplex 1 more, as do neighbours; the last is for the roundings above
-    least, greatest = ends.amin(0).sum(1).floor() - 4, ends.amax(0).sum(1).ceil() + 4
-    return [B, D + 1, *(int(size) + 1 for size in greatest - least)]
-
-
-def _mixed_radix(sizes: list[int]) -> list[int]:
-    """The worth of each digit. Coordinates may be negative: only differences between keys matter."""
-    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-
-
-def _to_device(numbers: list[int], device: torch.device) -> Tensor:
-    there = torch.tensor(numbers, dtype=torch.int64)
-    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
-
-
-def _random(n: int, seed: int, device: torch.device) -> Tensor:
-    """``(2, n)`` random 64-bit digits of keys and of check keys, made on the device: a hash of their place and seed."""
-    x = torch.arange(1, 2 * n + 1, device=device) + 2 * n * seed
+def _random(n: int, device: torch.device) -> Tensor:
+    """``(2, n)`` random 64-bit digits of keys and of check keys, made on the device: a hash of their place."""
+    x = torch.arange(1, 2 * n + 1, device=device)
     for shift, factor in ((31, 0x1B873593D1B54A35), (29, 0x2545F4914F6CDD1D), (30, 0x369DEA0F31A53F85)):
         x = x * factor  # modulo 2^64
         x = x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))  # a shift that brings no signs in
     return x.view(2, n)
+
+
+@triton.jit(do_not_specialize=["B", "limit"])
+def _digits_kernel(low, high, random, digits, hashed, B, limit, D: tl.constexpr):
+    """The worth of each digit of a key: item, remainder, and the coordinates but one, divided by D + 1.
+
+    Mixed radix, by interval arithmetic on the box of the features, (D,) each; or random ones, (2, D + 2), where that
+    needs more than ``limit``. Coordinates may be negative: only differences between keys matter.
+    """
+    worth = tl.full((), 1, tl.int64)
+    total = tl.full((), 1.0, tl.float64)
+    for i in tl.static_range(D):
+        j = D - 1 - i
+        least, greatest = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+        for k in tl.static_range(D):  # y_j as in _simplex_kernel
+            if k >= j - 1:
+                scale: tl.constexpr = (_SCALE if k >= j else -j * _SCALE) / ((k + 1) * (k + 2)) ** 0.5
+                a = tl.load(low + k).to(tl.float64) * scale
+                b = tl.load(high + k).to(tl.float64) * scale
+                least += tl.minimum(a, b)
+                greatest += tl.maximum(a, b)
+        # rounding and wrapping go 1 beyond and a simplex 1 more, as do neighbours; the last is for the roundings above
+        size = tl.ceil(greatest) - tl.floor(least) + 9
+        tl.store(digits + 2 + j, worth)
+        worth *= tl.where(size < 1e9, size, 1.0).to(tl.int64)  # otherwise nothing fits, NaN least of all
+        total *= size
+    tl.store(digits + 1, worth)
+    tl.store(digits, worth * (D + 1))
+    fits = total * (D + 1) * B < limit  # false for NaN
+    tl.store(hashed, 1 - fits.to(tl.int32))
+    for i in tl.static_range(D + 2):
+        tl.store(digits + D + 2 + i, tl.load(random + D + 2 + i))
+        if not fits:
+            tl.store(digits + i, tl.load(random + i))
 
 
 @triton.jit
@@ -208,8 +209,8 @@ def _store_keys(out, digits, item, corner, rank, p, inside, P, D: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["P"])
 def _simplex_kernel(
-    features, items, digits,  # (P, D), (P,) or None, (D + 2,) or (2, D + 2) int64
-    keys, checks, weights, ranks,  # (D + 1, P) int64, int64 or None, float32, int8
+    features, items, digits, hashed,  # (P, D), (P,) or None, (2, D + 2) int64, (1,)
+    keys, checks, weights, ranks,  # (D + 1, P) int64, int64, float32, int8
     P, D: tl.constexpr, POINTS: tl.constexpr, LANES: tl.constexpr,  # LANES > D
 ):  # fmt: skip
     """The simplex of each point as in ``simplex.locate``, and the keys of its vertices.
@@ -252,13 +253,13 @@ def _simplex_kernel(
     if items is not None:
         item += tl.load(items + p, mask=inside, other=0)
     _store_keys(keys, digits, item, corner, rank, p, inside, P, D, LANES)
-    if checks is not None:
+    if tl.load(hashed) > 0:
         _store_keys(checks, digits + (D + 2), item, corner, rank, p, inside, P, D, LANES)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _heads_kernel(
-    keys, order, checks, heads, collided,  # (R,) int64 sorted, (R,) int64, (R,) int64 or None, (R,) int32, (1,) int32
+    keys, order, hashed, checks, heads, collided,  # (R,) int64 sorted, (R,) int64, (1,), (R,) int64, (R,) int32, (1,)
     R, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """1 where a new vertex begins; notes where two vertices share a key."""
@@ -268,7 +269,7 @@ def _heads_kernel(
     same = tl.load(keys + e, mask=inside, other=0) == tl.load(keys + previous, mask=inside, other=0)
     same = same & (e > 0)
     tl.store(heads + e, 1 - same.to(tl.int32), mask=inside)
-    if checks is not None:
+    if tl.load(hashed) > 0:
         own = tl.load(checks + tl.load(order + e, mask=inside, other=0), mask=inside, other=0)
         other = tl.load(checks + tl.load(order + previous, mask=inside, other=0), mask=inside, other=0)
         # whoever writes, writes 1
@@ -277,7 +278,7 @@ def _heads_kernel(
 
 @triton.jit(do_not_specialize=["P", "R"])
 def _number_kernel(
-    numbers, keys, order, checks, collided, items, weights,  # all as in Built and _heads_kernel
+    numbers, keys, order, hashed, checks, collided, items, weights,  # all as in Built and _heads_kernel
     vertices, points, splat_weights, starts,  # Built
     vertex_keys, vertex_checks, vertex_last, vertex_items,  # (R,): of each vertex; last: its remainder is D
     before, count,  # neighbours a step back, only emptied here; Built
@@ -293,7 +294,7 @@ def _number_kernel(
     v = entry.to(tl.int32) // P
     p = entry.to(tl.int32) - v * P
     weight = tl.load(weights + entry, mask=inside, other=0.0)
-    if checks is not None:
+    if tl.load(hashed) > 0:
         if tl.load(collided) > 0:
             weight = tl.full((BLOCK,), float("nan"), tl.float32)
             tl.store(weights + entry, weight, mask=inside)
@@ -316,7 +317,7 @@ def _number_kernel(
 @triton.jit(do_not_specialize=["steps"])
 def _neighbours_kernel(
     vertex_keys, vertex_checks, vertex_last, vertex_items,  # as in _number_kernel
-    digits, count, before, after,  # as in _simplex_kernel; Built: count, neighbours
+    digits, hashed, count, before, after,  # as in _simplex_kernel; Built: count, neighbours
     tally,  # (items, 2) int64: steps that lead to a vertex, vertices
     steps, room, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +346,7 @@ def _neighbours_kernel(
             high = tl.where(more & (below == 0), middle, high)
         found = inside & (low < M)
         found = found & (tl.load(vertex_keys + low, mask=found, other=0) == wanted)
-        if vertex_checks is not None:
+        if tl.load(hashed) > 0:
             check_one = tl.load(digits + (D + 2) + 2 + axis, mask=axis < D, other=0)
             check_remainder = tl.load(digits + (D + 2) + 1)
             check_ones = tl.load(digits + (D + 2) + 2)
@@ -386,20 +387,23 @@ def _side_kernel(tally, sides, B, D: tl.constexpr, BLOCK: tl.constexpr):
 def builds(target: Target) -> Iterator[Build]:
     """Every kernel of the build as it ships, for a few dimensions."""
     options = {"num_warps": 4, "num_stages": 3}  # Triton's defaults
+    key = {"digits": "*i64", "hashed": "*i32"}
     for D in (1, 2, 3, 5, 6, 16):
         sizes = {"D": D, "BLOCK": BLOCK}
-        # one item with keys of digits; several with random keys
-        for items, checks in (({}, {}), ({"items": "*i32"}, {"checks": "*i64"})):
-            types = {"features": "*fp32", **items, "digits": "*i64", "keys": "*i64", **checks, "weights": "*fp32"}
+        types = {"low": "*fp32", "high": "*fp32", "random": "*i64", **key, "B": "i32", "limit": "fp32"}
+        yield Build(_digits_kernel, types, {"D": D}, {"num_warps": 1})
+        for items in ({}, {"items": "*i32"}):
+            of_vertices = {f"vertex_{name}": kind for name, kind in items.items()}
+            types = {"features": "*fp32", **items, **key, "keys": "*i64", "checks": "*i64", "weights": "*fp32"}
             types |= {"ranks": "*i8", "P": "i32"}
-            yield Build(_simplex_kernel, types, _simplex_sizes(D) | _absent(types, "items", "checks"), options)
-            types = {"numbers": "*i32", "keys": "*i64", "order": "*i64", **checks, "collided": "*i32", **items}
-            types |= {"weights": "*fp32", "vertices": "*i32", "points": "*i32", "splat_weights": "*fp32"}
-            types |= {"starts": "*i32", "vertex_keys": "*i64", **_of_vertices(items | checks), "vertex_last": "*i8"}
-            types |= {"before": "*i32", "count": "*i32", "P": "i32", "R": "i32", "room": "i32", "amplitude": "fp32"}
-            absent = _absent(types, "items", "checks", "vertex_items", "vertex_checks")
-            yield Build(_number_kernel, types, sizes | absent, options)
-            types = {"vertex_keys": "*i64", **_of_vertices(items | checks), "vertex_last": "*i8", "digits": "*i64"}
+            yield Build(_simplex_kernel, types, _simplex_sizes(D) | _absent(types, "items"), options)
+            types = {"numbers": "*i32", "keys": "*i64", "order": "*i64", "hashed": "*i32", "checks": "*i64"}
+            types |= {"collided": "*i32", **items, "weights": "*fp32", "vertices": "*i32", "points": "*i32"}
+            types |= {"splat_weights": "*fp32", "starts": "*i32", "vertex_keys": "*i64", "vertex_checks": "*i64"}
+            types |= {"vertex_last": "*i8", **of_vertices, "before": "*i32", "count": "*i32"}
+            types |= {"P": "i32", "R": "i32", "room": "i32", "amplitude": "fp32"}
+            yield Build(_number_kernel, types, sizes | _absent(types, "items", "vertex_items"), options)
+            types = {"vertex_keys": "*i64", "vertex_checks": "*i64", "vertex_last": "*i8", **of_vertices, **key}
             types |= {
                 "count": "*i32",
                 "before": "*i32",
@@ -408,16 +412,10 @@ def builds(target: Target) -> Iterator[Build]:
                 "steps": "i32",
                 "room": "i32",
             }
-            absent = _absent(types, "vertex_items", "vertex_checks")
-            yield Build(_neighbours_kernel, types, sizes | absent, options)
+            yield Build(_neighbours_kernel, types, sizes | _absent(types, "vertex_items"), options)
         yield Build(_side_kernel, {"tally": "*i64", "sides": "*fp32", "B": "i32"}, sizes, options)
-    for checks in ({}, {"checks": "*i64"}):
-        types = {"keys": "*i64", "order": "*i64", **checks, "heads": "*i32", "collided": "*i32", "R": "i32"}
-        yield Build(_heads_kernel, types, {"BLOCK": BLOCK} | _absent(types, "checks"), options)
-
-
-def _of_vertices(types: dict[str, str]) -> dict[str, str]:
-    return {f"vertex_{name}": kind for name, kind in types.items()}
+    types = {"keys": "*i64", "order": "*i64", "hashed": "*i32", "checks": "*i64", "heads": "*i32", "collided": "*i32"}
+    yield Build(_heads_kernel, types | {"R": "i32"}, {"BLOCK": BLOCK}, options)
 
 
 def _absent(types: dict[str, str], *names: str) -> dict[str, None]:

@@ -133,7 +133,8 @@ def _gradients(grad: Tensor, q: Tensor | None, terms: Terms, wants: Sequence[boo
             energy = outputs["grad_energy"]
             assert message is not None and energy is not None
             heard = (message if factor is None else message * factor).view(-1, C)
-            to_coupling = -(energy.view(-1, C).mT @ heard)
+            with torch.autocast(grad.device.type, enabled=False):
+                to_coupling = -(energy.view(-1, C).mT @ heard)
         elif wants[3 + 3 * k] and coupling is not None:  # there are no pixels
             to_coupling = torch.zeros_like(coupling)
         results += [outputs[f"grad_message{k}"], to_factor, to_coupling]
