@@ -13,6 +13,7 @@ Function = Callable[[], object]
 
 FLUSH_BYTES = 2**28  # written before a cold call: several times the largest L2 cache
 SECONDS = 0.25  # that one measurement is repeated for
+HEAD_START = 10**6  # cycles, about half a millisecond, that the device idles while a replay is launched
 
 
 class Clock:
@@ -22,7 +23,9 @@ class Clock:
         self.device, self.least, self.most = device, least, most
         self._flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.int8, device=device)
 
-    def __call__(self, function: Function, *, cold: bool = False, most: int | None = None) -> dict[str, float]:
+    def __call__(
+        self, function: Function, *, cold: bool = False, most: int | None = None, head_start: bool = False
+    ) -> dict[str, float]:
         """Seconds: median, least, greatest and how many. On a GPU one call before goes untimed, and compiles.
 
         There the time runs from an idle device to the end of the work, launches included where the host is slower.
@@ -31,16 +34,18 @@ class Clock:
             function: what to time; it may leave work on the current stream.
             cold: whether to empty the GPU's cache before each call.
             most: repeats, at most.
+            head_start: whether to keep the device busy, before the time runs, until the host has launched; what it
+                takes to launch is then no part of the time, as long as it takes less than HEAD_START.
         """
         if self.device.type == "cuda":
             function()
-        first = self._once(function, cold)
+        first = self._once(function, cold, head_start)
         limit = max(1, most or self.most)
         more = min(limit, max(min(self.least, limit), round(SECONDS / max(first, 1e-9)))) - 1
-        seconds = [first, *(self._once(function, cold) for _ in range(more))]
+        seconds = [first, *(self._once(function, cold, head_start) for _ in range(more))]
         return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
 
-    def _once(self, function: Function, cold: bool) -> float:
+    def _once(self, function: Function, cold: bool, head_start: bool) -> float:
         if cold:
             self._flush.zero_()
         if self.device.type != "cuda":
@@ -49,6 +54,8 @@ class Clock:
             return time.perf_counter() - begun
         torch.cuda.synchronize()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if head_start:
+            torch.cuda._sleep(HEAD_START)
         start.record()
         function()
         stop.record()
@@ -56,19 +63,41 @@ class Clock:
         return start.elapsed_time(stop) / 1e3
 
     def both(self, function: Function, *, cold: bool = False, most: int | None = None) -> dict[str, Any]:
-        """As called by Python, and replayed from a CUDA graph, where launching costs next to nothing."""
-        result: dict[str, Any] = dict(self(function, cold=cold, most=most))
-        if self.device.type != "cuda":
-            return result
-        graph = torch.cuda.CUDAGraph()
+        """As called by Python from an idle device, and on a GPU as `replayed` besides."""
+        called: dict[str, Any] = dict(self(function, cold=cold, most=most))
+        return called | (self.replayed(function, cold=cold, most=most) if self.device.type == "cuda" else {})
+
+    def replayed(self, function: Function, *, cold: bool = False, most: int | None = None) -> dict[str, Any]:
+        """``{"graph": times}`` from a CUDA graph, launches not included, or why there is none as "graph_failed".
+
+        Replays have a head start, so that they measure the device and not the host. The function must do all of its
+        work on the current stream: backward runs where its forward ran, so that both belong into one function.
+        """
+        before = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            side = torch.cuda.Stream()
+            side.wait_stream(before)
+            with torch.cuda.stream(side):
+                for _ in range(2):  # so that nothing is compiled, tuned or set up within the capture
+                    function()
+            before.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
                 function()
-            result["graph"] = self(graph.replay, cold=cold, most=most)
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            result["graph_failed"] = str(error).strip().splitlines()[0]
-        return result
+            return {"graph": self(graph.replay, cold=cold, most=most, head_start=True)}
+        except Exception as error:  # whatever is wrong, the times as called are worth keeping
+            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own where ending the capture fails
+            return {"graph_failed": causes(error)}
+
+
+def causes(error: BaseException) -> str:
+    """What went wrong, then what went wrong before it: a failed capture hides its reason behind its own message."""
+    messages: list[str] = []
+    link: BaseException | None = error
+    while link is not None:
+        messages.append(f"{type(link).__name__}: {str(link).strip()}")
+        link = link.__cause__ or link.__context__
+    return "\nafter ".join(messages)
 
 
 def kernel_seconds(function: Function, device: torch.device) -> dict[str, float]:
@@ -112,14 +141,17 @@ def memory(device: torch.device) -> Iterator[Memory]:
     found.peak = torch.cuda.max_memory_allocated() - before
 
 
-def peaks(clock: Clock) -> dict[str, float]:
-    """What this device does a second: bytes copied (read and written), matrix flops, powers of two."""
+def peaks(clock: Clock, found: dict[str, float]) -> dict[str, float]:
+    """What this device does a second: bytes copied (read and written), matrix flops, powers of two.
+
+    They are put into ``found`` one by one, so that a failure leaves those before it.
+    """
     from _exp2 import exp2_kernel
 
     device, real = clock.device, clock.device.type == "cuda"
     n = 8192 if real else 64
     x, y = (torch.empty(n * n * 4, device=device).normal_() for _ in range(2))
-    found = {"bytes": 2 * x.nbytes / clock(lambda: y.copy_(x))["median"]}
+    found["bytes"] = 2 * x.nbytes / clock(lambda: y.copy_(x))["median"]
     a, b = x[: n * n].view(n, n), y[: n * n].view(n, n)
     before = torch.get_float32_matmul_precision()
     for name, precision in (("flops", "highest"), ("tf32", "high")):

@@ -1,7 +1,9 @@
 """What the GPU's work counts, and the least time that such counts can take: counts over measured peaks.
 
 N points of D features, C channels, M vertices of the lattice. Bytes are those that must move if nothing stays in a
-cache from one kernel to the next; what a kernel moves twice or recomputes is its own affair.
+cache from one kernel to the next, and they are charged as traffic to DRAM: where data does stay in the L2 cache, as in
+the blur of a small lattice, less than this floor is possible. What a kernel moves twice or recomputes is its own
+affair.
 """
 
 import math

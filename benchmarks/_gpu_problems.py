@@ -63,16 +63,11 @@ def exact_engine(features: Tensor, tolerance: float, precision: Precision) -> An
     return TritonExactEngine(features, [len(features)], tolerance, precision)
 
 
-def lattice_engine(features: Tensor, span: tuple[list[float], list[float]] | None) -> Any:
+def lattice_engine(features: Tensor) -> Any:
     """The lattice alone."""
     from crfnet.ops.gpu.lattice import TritonLatticeEngine
 
-    return TritonLatticeEngine(features, [len(features)], span)
-
-
-def span_of(features: Tensor) -> tuple[list[float], list[float]]:
-    """Least and greatest of each column, as the door reads them."""
-    return features.amin(0).tolist(), features.amax(0).tolist()
+    return TritonLatticeEngine(features, [len(features)])
 
 
 def inference(p: Problem, engine: Method, iterations: int) -> Callable[[], Tensor]:

@@ -4,10 +4,12 @@
     python benchmarks/gpu.py --interpret           a dry run anywhere: tiny sizes, in Triton's interpreter
 
 Peaks (bytes copied, fp32, tf32 and fp16 products, powers of two) are measured on the device; a floor is the least time
-that the counted bytes, flops and powers of two can take at those peaks. Times are medians by CUDA events from an idle
-device; "graph" is the same work replayed from a CUDA graph, without launches from Python. Ratios are time over floor,
-of the graph where there is one. Stages start with an empty cache; splat, blur and slice are their kernels' times as the
-profiler has them. What --budget does not leave time for is listed as skipped, the least important first.
+that the counted bytes, flops and powers of two can take at those peaks. Times are medians by CUDA events. "called" is
+as Python calls, from an idle device; "graph" is the same work replayed from a CUDA graph with a head start, so that
+launches are no part of it. Ratios and targets go by the graph where there is one. Stages start with an empty cache;
+splat, blur and slice are their kernels' times as the profiler has them. What --budget does not leave time for is listed
+as skipped, the least important first; some time later the run ends wherever it is. The file is written after every
+section, and says what failed.
 """
 
 import argparse
@@ -15,12 +17,14 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 if "--interpret" in sys.argv:
@@ -28,7 +32,7 @@ if "--interpret" in sys.argv:
 
 import numpy as np
 import torch
-from _device import Clock, kernel_seconds, memory, peaks
+from _device import Clock, causes, kernel_seconds, memory, peaks
 from _floors import (
     Work,
     blur_work,
@@ -47,6 +51,7 @@ from _gpu_check import check, oracle
 from _gpu_problems import (
     PRECISIONS,
     THETA,
+    Problem,
     brute_force,
     draw,
     exact_engine,
@@ -54,7 +59,6 @@ from _gpu_problems import (
     inference,
     lattice_engine,
     problem,
-    span_of,
     training,
 )
 from _measure import environment, once, relative_error, spread
@@ -71,6 +75,8 @@ KERNELS = {
     "blur": ("blur",),
     "slice": ("slice",),
 }  # stages by what their kernels are called
+GRACE = 70.0  # seconds after the budget that what was begun may still take
+CPU_SECONDS = 30.0  # a megapixel that the CPU's section is expected to take, at most
 TARGETS = {"lattice inference": 2e-3, "lattice training": 5e-3, "exact inference": 15e-3}  # seconds, on an H200
 
 
@@ -90,43 +96,82 @@ class Plan:
 TINY = Plan(((11, 7), (8, 8)), (3,), 1, 1, 16, (5e-5, 8e-5), 32)
 
 
-class Run:
-    """A run under way: where, until when, with which peaks, and what was found."""
+class Overdue(BaseException):
+    """Budget and grace are over; no `Exception`, so that no section takes it for a failure of its own."""
 
-    def __init__(self, plan: Plan, device: torch.device, budget: float) -> None:
-        self.plan, self.device, self.ends = plan, device, time.monotonic() + budget
+
+class Run:
+    """A run under way: where, until when, with which peaks, and what was found.
+
+    Args:
+        plan: what to run.
+        device: where.
+        budget: seconds after which nothing new is begun.
+        out: the JSON, or None.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, budget: float, out: Path | None = None) -> None:
+        self.plan, self.device, self.ends, self.out = plan, device, time.monotonic() + budget, out
         self.clock = Clock(device) if device.type == "cuda" else Clock(device, least=1, most=1)
         self.peak: dict[str, float] = {}
         self.report: dict[str, Any] = {"skipped": [], "failed": {}}
+        self.report |= {"peaks": self.peak, "errors": {}, "networks": {}, "stages": {}, "cpu": {}}
 
-    def due(self, what: str) -> bool:
-        """Whether time is left for it; else it is noted as skipped."""
-        if time.monotonic() < self.ends:
+    def due(self, what: str, needs: float = 0.0) -> bool:
+        """Whether so many seconds are left for it; else it is noted as skipped."""
+        if time.monotonic() + needs < self.ends:
             return True
         self.report["skipped"].append(what)
         return False
 
-    def attempt(self, what: str, section: Callable[[], Any]) -> dict[str, Any]:
-        """``{what: section()}``; empty without time or memory for it, or after a failure, which waits for the end."""
-        if not self.due(what):
-            return {}
+    def attempt(self, path: str, section: Callable[[], Any], needs: float = 0.0) -> None:
+        """`always`, if so many seconds are left."""
+        if self.due(path, needs):
+            self.always(path, section)
+
+    def always(self, path: str, section: Callable[[], Any]) -> None:
+        """Put ``section()`` at this path of the report, such as "networks/500x375x21", and write the report.
+
+        Without memory for it, it is noted as skipped; a failure is noted and waits for the end.
+        """
+        *above, last = path.split("/")
+        place = self.report
+        for key in above:
+            place = place[key]
         try:
-            return {what: section()}
+            place[last] = section()
         except torch.OutOfMemoryError:
-            self.report["skipped"].append(f"{what} (out of memory)")
+            self.report["skipped"].append(f"{path} (out of memory)")
         except Exception:  # the figures of an hour's wait for a GPU are not thrown away for one section
-            self.report["failed"][what] = traceback.format_exc()
-        return {}
+            self.report["failed"][path] = traceback.format_exc()
+        self.save()
+
+    def save(self) -> None:
+        """Write the report as far as it goes, whole or not at all."""
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.out.with_name(f".{self.out.name}.{os.getpid()}")
+            beside.write_text(json.dumps(self.report, indent=2) + "\n")
+            os.replace(beside, self.out)
 
     def rows(self, N: int) -> Tensor:
         """Points compared with brute force, the same on every run."""
         return torch.randperm(N, generator=torch.Generator().manual_seed(1))[: self.plan.rows].to(self.device)
 
     def against_floor(self, times: dict[str, Any], work: Work) -> dict[str, Any]:
-        """The times, with the floor in seconds, what sets it, and how many times as long it took."""
+        """The times, with the floor in seconds, what sets it, and how many times as long it took.
+
+        Where measuring a peak failed, which is noted, there are the times alone.
+        """
+        if not set(work) <= set(self.peak):
+            return times
         least, bound = floor(work, self.peak)
-        seconds = times["graph"]["median"] if "graph" in times else times["median"]
-        return times | {"floor": least, "bound": bound, "ratio": seconds / least}
+        return times | {"floor": least, "bound": bound, "ratio": median(times) / least}
+
+
+def median(times: dict[str, Any]) -> float:
+    """Seconds that count: of the graph where there is one."""
+    return float(times.get("graph", times)["median"])
 
 
 # Sections, the most important first
@@ -135,7 +180,7 @@ class Run:
 def networks(run: Run, size: tuple[int, int], classes: int) -> dict[str, Any]:
     """Lattice: inference and a training step, as called and as a graph, with floors and peak memory."""
     p = problem(size, classes, run.device)
-    N, M = len(p.features), int(lattice_engine(p.features, span_of(p.features)).num_vertices)
+    N, M = len(p.features), int(lattice_engine(p.features).num_vertices)
     result: dict[str, Any] = {"scene": p.name, "N": N, "M": M, "C": classes}
     for what, make, work, iterations in (
         ("inference", inference, inference_work, run.plan.iterations),
@@ -214,8 +259,8 @@ def stages(run: Run, size: tuple[int, int], classes: int) -> dict[str, Any]:
     """The lattice's parts, the grid's passes and the step, from an empty cache, each with its floor."""
     p = problem(size, classes, run.device)
     N, D = p.features.shape
-    span, (v, g) = span_of(p.features), draw(N, classes, run.device)
-    engine = lattice_engine(p.features, span)
+    v, g = draw(N, classes, run.device)
+    engine = lattice_engine(p.features)
     M, C, clock = int(engine.num_vertices), classes, run.clock
     result: dict[str, Any] = {"scene": p.name, "M": M}
 
@@ -228,8 +273,8 @@ def stages(run: Run, size: tuple[int, int], classes: int) -> dict[str, Any]:
         seconds = sum(spent for kernel, spent in found.items() if any(name in kernel for name in KERNELS[part]))
         if seconds:
             result[f"lattice {part}"] = run.against_floor({"median": seconds}, work)
-    add("lattice build", lambda: lattice_engine(p.features, span), build_work(N, M, D))
-    result["lattice build kernels"] = kernel_seconds(lambda: lattice_engine(p.features, span), run.device)
+    add("lattice build", lambda: lattice_engine(p.features), build_work(N, M, D))
+    result["lattice build kernels"] = kernel_seconds(lambda: lattice_engine(p.features), run.device)
     add("lattice apply", lambda: engine.apply(v), total(*parts.values()))
     add("lattice transposed", lambda: engine.apply(v, True), total(*parts.values()))
     wide = 2 * C * (D + 1)
@@ -238,17 +283,37 @@ def stages(run: Run, size: tuple[int, int], classes: int) -> dict[str, Any]:
     theta = torch.tensor(THETA[2], dtype=torch.float64, device=run.device)
     grid = GridFilter((size[1], size[0]), theta)
     add("grid", lambda: grid(v[None]), grid_work(N, C, THETA[2]))
-    unary, messages = (
-        p.unary.clone().requires_grad_(),
-        [v[None].clone().requires_grad_(), g[None].clone().requires_grad_()],
-    )
-    strengths = [v.new_full((C,), weight) for weight in (3.0, 5.0)]
-    with torch.no_grad():
-        add("step", lambda: step(unary, messages, [None, None], strengths, marginals=True), step_work(N, C, 2, False))
-    q = step(unary, messages, [None, None], strengths, marginals=True)
-    back = lambda: torch.autograd.grad(q, [unary, *messages], g[None], retain_graph=True)  # noqa: E731
-    add("step backward", back, step_work(N, C, 2, True))
+    result |= step_stages(run, p, v, g)
     return result
+
+
+def step_stages(run: Run, p: Problem, v: Tensor, g: Tensor) -> dict[str, Any]:
+    """The step, its backward, and one after the other, from an empty cache.
+
+    A backward on its own runs on the stream of its forward, which no graph of another stream can hold: in a graph its
+    time is that of both less the forward's, and what the forward leaves in the cache is its gain.
+    """
+    strengths = [v.new_full((v.shape[1],), weight) for weight in (3.0, 5.0)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (p.unary, v[None], g[None])]
+    works = [step_work(len(v), v.shape[1], 2, backward) for backward in (False, True)]
+
+    def forward() -> Tensor:
+        return step(leaves[0], leaves[1:], [None, None], strengths, marginals=True)
+
+    with torch.no_grad():
+        ahead = run.clock.both(forward, cold=True)
+    both = run.clock.both(lambda: torch.autograd.grad(forward(), leaves, g[None]), cold=True)
+    q = forward()  # only now: while it lives, its leaves' gradients belong to this stream, in any graph
+    back: dict[str, Any] = dict(
+        run.clock(lambda: torch.autograd.grad(q, leaves, g[None], retain_graph=True), cold=True)
+    )
+    if "graph" in both and "graph" in ahead:
+        back["graph"] = {"median": both["graph"]["median"] - ahead["graph"]["median"]}
+    names = ("step", "step backward", "step and its backward")
+    return {
+        name: run.against_floor(times, work)
+        for name, times, work in zip(names, (ahead, back, both), (*works, total(*works)), strict=True)
+    }
 
 
 def alternatives(run: Run) -> dict[str, Any]:
@@ -303,38 +368,62 @@ def tuned(run: Run) -> dict[str, Any]:
 
 
 def on_the_cpu(run: Run, size: tuple[int, int]) -> dict[str, Any]:
-    """The same inference and training step, by the CPU engines of this machine."""
+    """The same inference and training step, by the CPU engines of this machine; twice where there is time."""
     p = problem(size, run.plan.classes[0], torch.device("cpu"))
     calls = {
         "inference": inference(p, "lattice", run.plan.iterations),
         "training": training(p, "lattice", run.plan.training_iterations),
     }
-    return {what: spread([once(function) for _ in range(2)]) for what, function in calls.items()}
+    result: dict[str, Any] = {}
+    seconds = [0.0]
+    for what, function in calls.items():
+        if run.due(f"CPU {what} {p.name}", 2 * seconds[0]):
+            seconds = [once(function)]
+            if time.monotonic() + seconds[0] < run.ends:
+                seconds.append(once(function))
+            result[what] = spread(seconds) | {"repeats": len(seconds)}
+    return result
 
 
 # The whole
 
 
 def measure(run: Run, expected: Tensor) -> None:
-    """All that needs the kernels."""
+    """All that needs the kernels; no times after an error that is too large."""
     plan, report = run.plan, run.report
     size, C = main = (plan.sizes[0], plan.classes[0])
-    report["peaks"] = run.peak = peaks(run.clock)
+    run.always("peaks", lambda: peaks(run.clock, run.peak))
     p = problem(size, C, run.device)
-    report["errors"] = check(p, expected, run.rows(len(p.features)), plan.iterations)
-    report["networks"] = run.attempt(named(*main), lambda: networks(run, *main))
-    report |= run.attempt("exact", lambda: exact(run))
-    report |= run.attempt("dense", lambda: dense(run))
-    report["stages"] = run.attempt(named(*main), lambda: stages(run, *main))
-    report |= run.attempt("growth", lambda: growth(run))
-    report |= run.attempt("tuned", lambda: tuned(run))
-    report |= run.attempt("brute force", lambda: alternatives(run))
-    report |= run.attempt("all gradients", lambda: all_gradients(run))
+    rows = run.rows(len(p.features))
+    run.always("errors", lambda: check(p, expected, rows, plan.iterations, report["errors"]))
+    if "errors" in report["failed"] or any("errors" in what for what in report["skipped"]):
+        return
+    run.attempt(f"networks/{named(*main)}", lambda: networks(run, *main))
+    run.attempt("exact", lambda: exact(run))
+    run.attempt("dense", lambda: dense(run))
+    run.attempt(f"stages/{named(*main)}", lambda: stages(run, *main))
+    run.attempt("growth", lambda: growth(run))
+    run.attempt("tuned", lambda: tuned(run))
+    run.attempt("brute force", lambda: alternatives(run))
+    run.attempt("all gradients", lambda: all_gradients(run))
     rest = [(size, C) for C in plan.classes for size in plan.sizes if (size, C) != main]
     for case in sorted(rest, key=lambda case: case[0][0] * case[0][1] * case[1]):  # small ones first
-        report["networks"] |= run.attempt(named(*case), lambda: networks(run, *case))  # noqa: B023
+        run.attempt(f"networks/{named(*case)}", lambda: networks(run, *case))  # noqa: B023
     for case in ((plan.sizes[-1], C), (size, plan.classes[-1])):
-        report["stages"] |= run.attempt(named(*case), lambda: stages(run, *case))  # noqa: B023
+        run.attempt(f"stages/{named(*case)}", lambda: stages(run, *case))  # noqa: B023
+
+
+def everything(run: Run, interpret: bool) -> None:
+    """What the GPU does, then the same by the CPU."""
+    plan = run.plan
+    small = problem(plan.sizes[0], plan.classes[0], torch.device("cpu"))
+    expected = inference(small, "lattice", plan.iterations)().softmax(1)  # before the interpreter is anyone's engine
+    with gpu.interpreted() if interpret else contextlib.nullcontext():
+        measure(run, expected)
+    if "errors" not in run.report["failed"]:
+        for width, height in plan.sizes:
+            path, needs = f"cpu/{named((width, height), plan.classes[0])}", CPU_SECONDS * width * height / 2**20
+            run.attempt(path, lambda: on_the_cpu(run, (width, height)), needs)  # noqa: B023
 
 
 def named(size: tuple[int, int], classes: int) -> str:
@@ -371,7 +460,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         if isinstance(r, dict):
             yield line(f"brute force in PyTorch, {precision}", r)
     for case, r in report.get("cpu", {}).items():
-        yield from (line(f"{case}, {what}", r[what]) for what in ("inference", "training"))
+        yield from (line(f"CPU {case}, {what}", times) for what, times in r.items())
     for engine, r in report.get("all gradients", {}).items():
         yield line(f"{engine} training, gradients to all", r)
     for what, r in report.get("tuned", {}).items():
@@ -381,18 +470,41 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield "time grows as pixels to the power {slope:.2f}".format(**report["growth"])
     if report["skipped"]:
         yield "no time for: " + ", ".join(report["skipped"])
-    for what, trace in report["failed"].items():
-        yield f"FAILED: {what}: {trace.strip().splitlines()[-1]}"
 
 
 def verdicts(run: Run) -> dict[str, dict[str, float]]:
-    """The targets at the main size, in seconds, and what was reached."""
+    """The targets at the main size, in seconds, and what was reached: as called, and as a graph, which counts."""
     found = run.report["networks"].get(named(run.plan.sizes[0], run.plan.classes[0]), {})
-    reached = {f"lattice {what}": found[what]["median"] for what in ("inference", "training") if what in found}
-    if "exact" in run.report:
-        precisions = [r for r in run.report["exact"].values() if isinstance(r, dict) and r["error"] <= WANTED_ERROR]
-        reached["exact inference"] = min((r["inference"]["median"] for r in precisions), default=math.inf)
-    return {what: {"wanted": TARGETS[what], "reached": seconds} for what, seconds in reached.items()}
+    reached = {f"lattice {what}": found[what] for what in ("inference", "training") if what in found}
+    precise = [
+        r["inference"]
+        for r in run.report.get("exact", {}).values()
+        if isinstance(r, dict) and r["error"] <= WANTED_ERROR
+    ]
+    if precise:
+        reached["exact inference"] = min(precise, key=median)
+    return {
+        what: {"wanted": TARGETS[what], "reached": median(times), "called": times["median"]}
+        | ({"graph": times["graph"]["median"]} if "graph" in times else {})
+        for what, times in reached.items()
+    }
+
+
+def summary(run: Run) -> Iterator[str]:
+    """The report, line by line."""
+    report = run.report
+    yield "peaks a second: " + ", ".join(f"{name} {value:.3g}" for name, value in run.peak.items())
+    yield "errors: " + ", ".join(f"{name} {value:.1e}" for name, value in report["errors"].items())
+    yield from table(report)
+    for what, r in report["targets"].items():
+        graph = f"{1e3 * r['graph']:.2f}" if "graph" in r else "-"
+        met = "met" if r["reached"] <= r["wanted"] else "missed"
+        yield (
+            f"{what}: called {1e3 * r['called']:.2f} / graph {graph} ms, "
+            f"wanted {1e3 * r['wanted']:.0f} ms on an H200: {met}"
+        )
+    for what, message in report["failed"].items():
+        yield f"FAILED: {what}: {message.strip()}"
 
 
 def main() -> None:
@@ -406,33 +518,41 @@ def main() -> None:
     if not (arguments.interpret or torch.cuda.is_available()):
         print("benchmarks/gpu.py needs a GPU, and torch sees none; --interpret makes a dry run without")
         return
-    device = torch.device("cpu" if arguments.interpret else "cuda")
-    run = Run(TINY if arguments.interpret else Plan(), device, arguments.budget)
-    plan, report = run.plan, run.report
-    report["environment"] = environment() | where(device)
+    device, out = torch.device("cpu" if arguments.interpret else "cuda"), arguments.out
+    if out is None and not arguments.interpret:
+        out = default
     begun = time.perf_counter()
-    small = problem(plan.sizes[0], plan.classes[0], torch.device("cpu"))
-    expected = inference(small, "lattice", plan.iterations)().softmax(
-        1
-    )  # by the CPU's engines, hence before the interpreter
-    with gpu.interpreted() if arguments.interpret else contextlib.nullcontext():
-        measure(run, expected)
-    report["cpu"] = {}
-    for size in plan.sizes:
-        report["cpu"] |= run.attempt(f"CPU {named(size, plan.classes[0])}", lambda: on_the_cpu(run, size))  # noqa: B023
+    run = Run(TINY if arguments.interpret else Plan(), device, arguments.budget, out)
+    report = run.report
+    try:
+        with hard_end(arguments.budget + GRACE):
+            report["environment"] = environment() | where(device)
+            run.save()
+            everything(run, arguments.interpret)
+    except (Exception, Overdue) as error:  # between sections, or too late
+        report["failed"]["run"] = f"{causes(error)}\n{traceback.format_exc()}"
     report["targets"] = verdicts(run)
     report["seconds"] = time.perf_counter() - begun
-    out = arguments.out or (None if arguments.interpret else default)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2) + "\n")
-    print("peaks a second: " + ", ".join(f"{name} {value:.3g}" for name, value in run.peak.items()))
-    print("errors: " + ", ".join(f"{name} {value:.1e}" for name, value in report["errors"].items()))
-    print("\n".join(table(report)))
-    for what, r in report["targets"].items():
-        print(f"{what}: {1e3 * r['reached']:.2f} ms, wanted {1e3 * r['wanted']:.0f} ms on an H200")
+    run.save()
+    print("\n".join(summary(run)))
     if report["failed"]:
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def hard_end(seconds: float) -> Iterator[None]:
+    """Raises `Overdue` in what goes on after so many seconds."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise Overdue(f"not over after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def where(device: torch.device) -> dict[str, object]:
