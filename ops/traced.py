@@ -86,8 +86,7 @@ def _(
     return plan + [torch.empty(len(plan), dtype=torch.int64, device="cpu")]
 
 
-@torch.library.custom_op("crfnet::apply", mutates_args=())
-def apply(
+def _apply(
     plan: Sequence[Tensor],
     features: Tensor,
     values: Tensor,
@@ -100,43 +99,14 @@ def apply(
     return _restore(plan, features, mask, method, precision).apply(values, transpose).contiguous()
 
 
-@apply.register_fake
-def _(
-    plan: Sequence[Tensor],
-    features: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    method: str,
-    precision: str,
-    transpose: bool,
-) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("crfnet::apply_once", mutates_args=())
-def apply_once(
-    plan: Sequence[Tensor],
-    features: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    method: str,
-    precision: str,
-    transpose: bool,
-) -> Tensor:
-    """`apply` for backward, which autograd refuses to differentiate again: the way to the features would be missing."""
-    return _restore(plan, features, mask, method, precision).apply(values, transpose).contiguous()
+apply = torch.library.custom_op("crfnet::apply", _apply, mutates_args=())
+# for backward, without an autograd of its own: differentiated once more it would miss the way to the features
+apply_once = torch.library.custom_op("crfnet::apply_once", _apply, mutates_args=())
 
 
 @apply_once.register_fake
-def _(
-    plan: Sequence[Tensor],
-    features: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    method: str,
-    precision: str,
-    transpose: bool,
-) -> Tensor:
+@apply.register_fake
+def _like_values(plan: Sequence[Tensor], features: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
@@ -155,15 +125,7 @@ def feature_gradient(
 
 
 @feature_gradient.register_fake
-def _(
-    plan: Sequence[Tensor],
-    features: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    mask: Tensor | None,
-    method: str,
-    precision: str,
-) -> Tensor:
+def _(plan: Sequence[Tensor], features: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 
