@@ -39,7 +39,7 @@ class GaussianFilter:
             is more sensitive to every error; on the lattice prefer "after" or "symmetric" with it.
         precision: of products of kernel entries and values in the exact engine on a GPU: "float32", or with matrix
             units "tf32" or "fp16", whose operands have 10 bits after the point; `error_bound` includes it. Everything
-            else is float32 anyway, and a CPU knows nothing else.
+            else is float32 anyway, a CPU knows nothing else, and with ``remove_self`` it is float32 whatever is asked.
 
     Gradients reach the values, exactly transposed, and the features; see ``ops/README.md`` for which gradient.
 

@@ -258,7 +258,7 @@ def block_of(C: int, D: int, precision: Precision, target: Target) -> int:
     """Channels that one program of the filter sums up."""
     most = (MAX_BLOCK_FLOAT32 if precision == "float32" else MAX_BLOCK)[target.name]
     if precision == "fp16" and D <= exact_split.MAX_D:
-        most = exact_split.MAX_BLOCK[target.name]
+        most = exact_split.most_channels(D, target)
     elif D > 8:  # the points take the registers
         most = min(most, 64 if target.name == "sm_90" else 16)
     return min(most, max(16, triton.next_power_of_2(C)))

@@ -130,8 +130,13 @@ def choose(points: Tensor, tiles: Tiles, tolerance: float, counts: list[int]) ->
     near = torch.empty(T, dtype=torch.int32, device=points.device)
     wide = ((high - low).square().sum(0) > (2 * NEAR) ** 2).to(torch.int32)
     with on_device_of(points):
-        _list_kernel[(T,)](*boxes, cut, wide, offsets, columns, near, T, D, num_warps=4)
+        _list_kernel[(T,)](*boxes, cut, wide, offsets, columns, near, T, D, num_warps=_warps(D))
     return Pairs(offsets, columns, near, inside, reached)
+
+
+def _warps(D: int) -> int:
+    """Of the list kernel: the more features, the fewer columns to a thread, or they do not fit its registers."""
+    return 4 if D <= 8 else 8
 
 
 def _room(offsets: Tensor, counts: list[int]) -> int:
@@ -315,4 +320,5 @@ def builds(target: Target) -> Iterator[Build]:
                 if kernel is _count_kernel:
                     known["points"] = "*i32"
                 types = {name: known.get(name, "*fp32") for name in kernel.arg_names if name != "D"}
-                yield Build(kernel, types, {"D": D}, {"num_warps": 1 if kernel is _box_kernel else 4})
+                warps = {_box_kernel: 1, _list_kernel: _warps(D)}.get(kernel, 4)
+                yield Build(kernel, types, {"D": D}, {"num_warps": warps})

@@ -23,13 +23,13 @@ from .target import Build, Target
 
 ROOT: tl.constexpr = tl.constexpr((2 * HALF_LOG2E.value) ** 0.5)  # features times this: squares in powers of two
 MAX_D = 10  # three products of each feature fit the 32 columns of two matrix instructions
-MAX_BLOCK = {"sm_80": 32, "sm_90": 64, "gfx942": 64}  # channels of a program; more would not fit the registers
+MAX_BLOCK = {"sm_80": 32, "sm_90": 64, "gfx942": 64}
 
 # of |a| |b|, in the exponent of e: 3 * 2^-22 for what is dropped and rounded, 2^-19 for up to 32 sums that round to 0
 SPLIT_ERROR = 2**-18
 
 CONFIGS: dict[str, list[dict[str, int]]] = {
-    "sm_80": [{"num_warps": 4, "num_stages": s} for s in (3, 2, 4)],
+    "sm_80": [{"num_warps": 4, "num_stages": s} for s in (2, 1)],  # more on its way spills a register or two
     "sm_90": [{"num_warps": 4, "num_stages": s} for s in (3, 2, 4)],
     "gfx942": [{"num_warps": 4, "num_stages": s, "matrix_instr_nonkdim": 16} for s in (2, 1)],
 }
@@ -38,6 +38,11 @@ CONFIGS: dict[str, list[dict[str, int]]] = {
 def width(D: int) -> int:
     """Columns of the product a·b: three for each feature, and zeros."""
     return 16 if 3 * D <= 16 else 32
+
+
+def most_channels(D: int, target: Target) -> int:
+    """Of a program, before its sums no longer fit the registers."""
+    return 16 if target.name == "sm_80" and width(D) == 32 else MAX_BLOCK[target.name]
 
 
 def senders(
@@ -133,7 +138,7 @@ def builds(target: Target, span: int) -> Iterator[Build]:
         types = tiles | {"values": "*fp16", "offsets": "*i64"}
         types |= dict.fromkeys(("near", "columns", "source", "size"), "*i32")
         types |= {"scale": "*fp32", "out": "*fp32", "C": "i32"}
-        for block in (block for block in (16, 32, 64) if block <= MAX_BLOCK[target.name]):
+        for block in (block for block in (16, 32, 64) if block <= most_channels(D, target)):
             for config in CONFIGS[target.name][: None if D == 5 else 1]:
                 constants = sizes | {"BLOCK_C": block, "SPAN": span}
                 yield Build(_split_filter_kernel, types, constants, config, matrix=True)
