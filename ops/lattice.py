@@ -32,7 +32,7 @@ _DENSE_SIDE = 0.5 * _BLUR_VARIANCE / (1.0 - _BLUR_VARIANCE) + 0.01
 # Where fewer than FULL of the neighbours are there, a grows by SIDE_SLOPE for each that is missing; README.md.
 FULL, SIDE_SLOPE, MOST_MISSING = 0.65, 0.6, 0.2
 
-NEGLIGIBLE_ENERGY = 1e-3  # left out there: an error of 3 %, where the lattice's own is five to ten times that
+NEGLIGIBLE_ENERGY = 1e-2  # of the size of the products, left out there; the lattice's own error is 15 to 40 times that
 CHANNELS_AT_ONCE = 256  # filtered together in the gradient of the features
 POINTS_AT_ONCE = 2048  # received together there, to stay in the cache
 
