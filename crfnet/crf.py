@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .inference import infer
 from .inputs import Inputs, among, check_inputs, kind, whole_number
-from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, check_theta, positive, store
+from .kernels import WEIGHTS, Kernel, PairwiseKernel, Weights, check_theta, holds, positive, store
 from .meanfield import Term, factors, mean_field, update
 from .ops.gpu import host_may_read, serves
 from .ops.operator import METHODS, PRECISIONS, Method, Precision
@@ -150,7 +150,7 @@ class DenseCRF(nn.Module):
         if isinstance(given, Tensor):
             if given.shape not in ((C,), (C, C)):
                 raise ValueError(f"compatibility must be ({C},) or ({C}, {C}), got {tuple(given.shape)}")
-            if not bool(given.isfinite().all()):
+            if not holds(given.isfinite()):
                 raise ValueError(f"compatibility must be finite, got {given.tolist()}")
             start = given.detach().float().clone()
             self.compatibility_form: Compatibility = "per_class" if given.ndim == 1 else "full"
@@ -159,7 +159,7 @@ class DenseCRF(nn.Module):
             start = torch.ones(C) if given == "per_class" else 1.0 - torch.eye(C)
             self.compatibility_form = given
         if self.compatibility_form == "per_class":
-            if not bool((start > 0).all()):
+            if not holds(start > 0):
                 raise ValueError(f"a compatibility per class must be positive, got {start.tolist()}")
             start = start.log()
         if self.compatibility_form != "potts":

@@ -63,7 +63,7 @@ def check_inputs(
     inside = None if mask is None else mask.unsqueeze(1)
     if inside is not None:
         logits = logits.masked_fill(~inside, 0)
-    if not all(map(math.isfinite, _extremes(logits))):
+    if not all(map(math.isfinite, extremes(logits))):
         raise ValueError(
             "logits must be finite, got NaN or infinity; for the logarithm of probabilities that may be 0 there is "
             "crfnet.logits_from_probabilities"
@@ -74,7 +74,7 @@ def check_inputs(
         guide = guide.to(dtype)
         if inside is not None:
             guide = torch.where(inside, guide, guide.new_zeros(()) if image_range is None else float(image_range[0]))
-        low, high = _extremes(guide)
+        low, high = extremes(guide)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite, got NaN or infinity; a mask leaves pixels without data out")
         if name == "image" and image_range is not None:
@@ -86,9 +86,9 @@ def check_inputs(
     return Inputs(logits.to(dtype).flatten(2).mT, checked, flat_mask, tuple(logits.shape[2:]))
 
 
-def _extremes(values: Tensor) -> tuple[float, float]:
-    """Least and greatest value, NaN where there is one; (0, 0) where the host may not read them."""
-    if not host_may_read(values):
+def extremes(values: Tensor) -> tuple[float, float]:
+    """Least and greatest value, NaN where there is one; (0, 0) where the host may not read them, or there are none."""
+    if values.is_meta or not host_may_read(values):
         return 0.0, 0.0
     low, high = values.detach().aminmax()
     # one wait for a GPU, not two; of the same dtype whatever autocast thinks
@@ -134,11 +134,11 @@ def _check_range(low: float, high: float, real: bool, black: float, white: float
         warnings.warn(
             f"image spans {low:g} to {high:g} of image_range {black:g}..{white:g}: "
             "if white is 1, pass image_range=(0, 1)",
-            stacklevel=_frames_of_ours() + 1,
+            stacklevel=frames_of_ours() + 1,
         )
 
 
-def _frames_of_ours() -> int:
+def frames_of_ours() -> int:
     """How many frames, from the caller on, belong to crfnet or torch: a warning points at the one that called them."""
     frame, count = sys._getframe(1), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("crfnet", "torch"):

@@ -91,13 +91,13 @@ class PairwiseKernel(nn.Module):
         shape = {"scalar": (), "per_class": (num_classes,), "full": (num_classes, num_classes)}[form]
         if weight.ndim == 0:
             weight = weight * torch.eye(num_classes) if form == "full" else weight.expand(shape).clone()
-        if weight.shape != shape or not bool(weight.isfinite().all()):
+        if weight.shape != shape or not holds(weight.isfinite()):
             got = tuple(weight.shape) if weight.shape != shape else spec.weight
             raise ValueError(
                 f"weight of kernel {spec.name!r} must be a finite number or {shape} for {form!r} weights, got {got}"
             )
         if form != "full":
-            if not bool((weight > 0 if learn_weight else weight >= 0).all()):
+            if not holds(weight > 0 if learn_weight else weight >= 0):
                 kind = "positive to be learnable" if learn_weight else "0 or more"
                 raise ValueError(f"weight of kernel {spec.name!r} must be {kind}, got {weight.tolist()}")
             weight = weight.log()
@@ -164,6 +164,11 @@ class PairwiseKernel(nn.Module):
             remove_self=remove_self,
             precision=precision,
         )
+
+
+def holds(conditions: Tensor) -> bool:
+    """Whether all of them are true; they pass on the meta device, where nothing is known."""
+    return conditions.is_meta or bool(conditions.all())
 
 
 def positive(logarithm: Tensor) -> Tensor:

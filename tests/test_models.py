@@ -22,7 +22,7 @@ def test_logits_have_the_size_of_the_image(size):
 def test_scores_have_output_stride_8():
     network, seen = make().eval(), []
     network.classifier.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2:]))
-    network(torch.rand(1, 3, 64, 96))
+    network(torch.rand(1, 3, 64, 96) * 255)
     assert seen == [(8, 12)]
 
 
@@ -46,7 +46,8 @@ def test_it_learns_where_the_bright_half_is():
     for _ in range(60):
         left = torch.randint(8, 56, (4,), generator=generator)
         labels = (torch.arange(64)[None, None] >= left[:, None, None]).long().expand(4, 64, 64)
-        images = (60 + 130 * labels[:, None] + 20 * torch.randn(4, 3, 64, 64, generator=generator)).float()
+        images = 60 + 130 * labels[:, None] + 20 * torch.randn(4, 3, 64, 64, generator=generator)
+        images = images.clamp(0, 255)
         loss = torch.nn.functional.cross_entropy(network(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -55,7 +56,7 @@ def test_it_learns_where_the_bright_half_is():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match=r"image must be \(B, 3, H, W\), got \(3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"image must be \(B, 3, H, W\), not empty, got \(3, 8, 8\)"):
         make()(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="num_classes"):
         SmallDeepLab(0)
