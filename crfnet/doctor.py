@@ -18,7 +18,7 @@ from crfnet.ops import GridFilter, gaussian_filter, reference
 from crfnet.ops.gpu import MISSING, serves
 from crfnet.ops.gpu.target import TARGETS, target_of
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "tqdm", "tyro")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "pillow", "safetensors", "protobuf", "tqdm", "tyro")
 
 # Relative L2 error of a normalised message that is allowed. The exact engines round in float32 and skip what lies below
 # their tolerance, 3e-4 by default; the lattice is an approximation, 1 to 3 % off on this problem.

@@ -9,7 +9,7 @@ interpolated from there.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class BackboneDeepLab(nn.Module):
         self.preprocess, self.backbone = Preprocess(convention), backbone
         channels, self.output_stride, self.first = _examine(backbone, len(convention.order))
         self.aligned = self.first == (0.0, 0.0)  # cell i lies at pixel output_stride * i
+        # one pixel more puts a cell on the last pixel, but some backbones take whole multiples alone
+        self.remainder = int(self.aligned and _takes(backbone, len(convention.order), 512 + 1))
         if isinstance(head, nn.Module):
             self.head = head
         else:
@@ -67,7 +69,7 @@ class BackboneDeepLab(nn.Module):
         x = self.preprocess(image)
         if not upsample:
             return self.scores(x)
-        x = pad_to(x, self.output_stride, 1 if self.aligned else 0)
+        x = pad_to(x, self.output_stride, self.remainder)
         return place(self.scores(x), image.shape[2:], self.output_stride, self.first)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -96,12 +98,24 @@ def _last(features: object) -> Tensor:
     return features
 
 
+def _takes(backbone: nn.Module, channels: int, size: int) -> bool:
+    try:
+        _answer(backbone, channels, (size, size + 128))
+    except ValueError:
+        return False
+    return True
+
+
+def _answer(backbone: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Any, Any]:
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
+    return cells(backbone, torch.empty(1, channels, *size, dtype=dtype, device="meta"))
+
+
 def _examine(backbone: nn.Module, channels: int) -> tuple[int, int, tuple[float, float]]:
     """Features' channels, stride and first cell's place, from shapes: nothing is computed."""
-    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     shapes = []
     for size in ((512, 640), (768, 896)):
-        answer, grid = cells(backbone, torch.empty(1, channels, *size, dtype=dtype, device="meta"))
+        answer, grid = _answer(backbone, channels, size)
         features = _last(answer)
         shapes.append([size[axis] / features.shape[2 + axis] for axis in (0, 1)])
     stride = round(shapes[0][0])

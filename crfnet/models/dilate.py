@@ -90,7 +90,13 @@ def cells(network: nn.Module, example: Tensor) -> tuple[Any, Callable[[Tensor], 
     Raises:
         ValueError: the network does not take the example.
     """
-    out = _Trace(_shadow(network), sys.maxsize).run(example, "network")
+    try:
+        out = _Trace(_shadow(network), sys.maxsize).run(example, "network")
+    except _Refusal:  # nothing is to change here, only the place stays unknown
+        try:
+            out = _shadow(network)(torch.empty_like(example, device="meta"))
+        except Exception as error:
+            raise ValueError(f"network must take the example, {tuple(example.shape)}, but raises {error!r}") from error
 
     def grid(tensor: Tensor) -> _Grid | None:
         tag = getattr(tensor, _TAG, None)
