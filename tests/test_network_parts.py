@@ -1012,3 +1012,27 @@ def test_numbers_of_labels_are_at_least_one():
 def test_unknown_choices_are_refused_by_name(build, text):
     with torch.device("meta"), pytest.raises(ValueError, match=text):
         build()
+
+
+def test_wide_convolutions_with_holes_are_those_of_torch():
+    """They take another way on a CPU, from 2048 channels on."""
+    from crfnet.models.vgg import WideConv2d
+
+    torch.manual_seed(0)
+    layer = WideConv2d(3, 2050, 3, padding=2, dilation=2).double()
+    x = torch.randn(2, 3, 7, 5, dtype=torch.float64, requires_grad=True)
+    got = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    plain = nn.functional.conv2d(x, layer.weight, layer.bias, padding=2, dilation=2)
+    wanted = torch.autograd.grad(plain.square().sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_local_response_normalisation_does_not_overflow_a_half(dtype):
+    from crfnet.models.fcn_alexnet import LocalResponseNorm
+
+    x = torch.full((1, 8, 2, 2), 1000.0)  # its square is beyond float16
+    got, wanted = LocalResponseNorm()(x.to(dtype)), LocalResponseNorm()(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)

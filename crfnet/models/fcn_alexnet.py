@@ -14,6 +14,7 @@ Only CaffeNet, the paper's, normalises locally (5, 1e-4, 0.75). score_fr, deconv
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from crfnet.inputs import among
@@ -22,6 +23,19 @@ from crfnet.models.preprocess import CAFFENET, TORCHVISION
 from crfnet.models.vgg import fully_connected, zero
 
 Style = Literal["caffe", "torchvision"]
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """Over 5 channels, x / (1 + 1e-4 / 5 sum x²)^0.75, in float32: the squares overflow float16."""
+
+    def __init__(self) -> None:
+        super().__init__(5, alpha=1e-4, beta=0.75)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        return (
+            super().forward(input.float() if input.dtype in (torch.float16, torch.bfloat16) else input).to(input.dtype)
+        )
 
 
 class AlexNet(nn.Module):
@@ -38,7 +52,7 @@ class AlexNet(nn.Module):
         self.conv4 = nn.Conv2d(widths[2], widths[3], 3, padding=1, groups=groups)
         self.conv5 = nn.Conv2d(widths[3], widths[4], 3, padding=1, groups=groups)
         self.pool1, self.pool2, self.pool5 = (nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3))
-        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75) if caffe else nn.Identity()
+        self.norm = LocalResponseNorm() if caffe else nn.Identity()
         self.fc6 = fully_connected(256, 4096, 6)
         self.fc7 = fully_connected(4096, 4096, 1)
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from crfnet.inputs import among
 from crfnet.models.fcn import FCN, Features, Head32s
+from crfnet.models.fcn_alexnet import LocalResponseNorm
 from crfnet.models.preprocess import FCN as CONVENTION
 from crfnet.models.preprocess import TORCHVISION_GOOGLENET
 from crfnet.models.vgg import zero
@@ -79,7 +80,7 @@ class GoogLeNet(nn.Module):
         among("style", style, get_args(Style))
         self.conv1 = Conv(3, 64, 7, style, stride=2)
         self.conv2 = nn.Sequential(Conv(64, 64, 1, style), Conv(64, 192, 3, style))
-        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75) if style == "caffe" else nn.Identity()
+        self.norm = LocalResponseNorm() if style == "caffe" else nn.Identity()
         self.pool1, self.pool2, self.pool3 = (nn.MaxPool2d(3, 2, ceil_mode=True) for _ in range(3))
         self.pool4 = nn.MaxPool2d(3 if style == "caffe" else 2, 2, ceil_mode=True)
         inputs = 192
