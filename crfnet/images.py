@@ -41,7 +41,7 @@ def voc_palette() -> Uint8:
 
 
 @contextmanager
-def _opened(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: PathLike, max_pixels: int) -> Iterator[Image.Image]:
     """A Pillow image, its size checked before any pixel is unpacked; whatever Pillow raises becomes a ValueError."""
     with open(path, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels takes its place
@@ -77,7 +77,7 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _load(image: Image.Image, max_pixels: int) -> None:
+def load_pixels(image: Image.Image, max_pixels: int) -> None:
     """Unpack the pixels; only pictures over Pillow's limit, which some decoders ask again, wait for one another."""
     with _PILLOW_LIMIT:
         limit = Image.MAX_IMAGE_PIXELS
@@ -97,8 +97,8 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Uint8:
         ValueError: not a picture, damaged or truncated, over ``max_pixels``, or of 16-bit or float grey, where only the
             owner knows which range should become 0..255.
     """
-    with _opened(path, max_pixels) as image:
-        _load(image, max_pixels)
+    with opened(path, max_pixels) as image:
+        load_pixels(image, max_pixels)
         if image.mode not in _COLOUR_MODES | _ALPHA_MODES:
             raise ValueError(f"pixels of type {image.mode}; convert them to 8-bit grey or RGB first")
         image = ImageOps.exif_transpose(image)
@@ -119,12 +119,12 @@ def read_labels(path: PathLike, *, palette: Uint8 | None = None, max_pixels: int
     Raises:
         ValueError: not a picture, damaged, too large, JPEG, values over 255, RGB without a palette, colours not in it.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
             raise ValueError("JPEG changes labels when it compresses them; a label map is an indexed or grey PNG")
         tiles = getattr(image, "tile", [])  # gone once the pixels are loaded
         step = _GREY_STEP.get(str(tiles[0][3]), 1) if tiles else 1
-        _load(image, max_pixels)
+        load_pixels(image, max_pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGB", "RGBA"):
             if palette is None:

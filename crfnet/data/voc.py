@@ -1,58 +1,111 @@
-"""PASCAL VOC 2012 from its own folders.
+"""PASCAL VOC 2012 from its own folders, and the folder that its test server takes.
 
 ``VOCdevkit/VOC2012/{JPEGImages/<id>.jpg, SegmentationClass/<id>.png, ImageSets/Segmentation/<split>.txt}``; labels are
 indexed PNGs: 0 background, 1 to 20 the classes, 255 void.
+
+| split | images |
+| --- | --- |
+| train, val, trainval | 1464, 1449, 2913 |
+| train_aug, trainval_aug | 10,582, 12,031: with the masks of SBD, see ``write_train_aug`` |
 """
 
 import os
 from pathlib import Path
 
-CLASS_NAMES = (
+import numpy as np
+from numpy.typing import ArrayLike
+
+from crfnet.data.lists import find_folder, path_below, read_list, want_file, want_pair
+from crfnet.images import label_picture, write_labels
+
+VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+RESULTS = "results/VOC2012/Segmentation/comp6_test_cls"  # comp6: trained with more than VOC's own images
 
 
-def voc_folder(root: str | os.PathLike[str]) -> Path:
+def voc_folder(root: str | os.PathLike[str], *, year: int = 2012, lists: str = "Segmentation") -> Path:
     """Finds the folder VOC2012 from itself, from VOCdevkit or from the folder that holds VOCdevkit.
 
     Raises:
-        FileNotFoundError: none of the three holds ``ImageSets/Segmentation``; says where it looked.
+        FileNotFoundError: none of them holds ``ImageSets/<lists>``; says where it looked.
     """
-    root = Path(root)
-    candidates = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
-    for folder in candidates:
-        if (folder / "ImageSets" / "Segmentation").is_dir():
-            return folder
-    looked = ", ".join(str(folder / "ImageSets" / "Segmentation") for folder in candidates)
-    raise FileNotFoundError(f"root {str(root)!r} is no PASCAL VOC 2012 folder: looked for {looked}")
+    name = f"VOC{year}"
+    below = (name, f"VOCdevkit/{name}", f"TrainVal/VOCdevkit/{name}")  # TrainVal as the archive of 2011 has it
+    return find_folder(root, f"ImageSets/{lists}", below, f"PASCAL VOC {year}")
 
 
-def voc_files(
-    root: str | os.PathLike[str], split: str, *, labels: str = "SegmentationClass"
-) -> list[tuple[Path, Path]]:
+def voc_files(root: str | os.PathLike[str], split: str, *, labels: str | None = None) -> list[tuple[Path, Path]]:
     """Lists the image and label file of every member of a split, in the order of its list.
 
     Args:
         root: the folder VOC2012, VOCdevkit or the one that holds VOCdevkit.
-        split: name of a list in ``ImageSets/Segmentation``: train, val, trainval.
-        labels: folder of the label images; ``SegmentationClassAug`` for the augmented set.
+        split: name of a list in ``ImageSets/Segmentation``: train, val, trainval, train_aug, trainval_aug, or one of
+            your own, of names or of ``/JPEGImages/x.jpg /SegmentationClassAug/x.png`` lines.
+        labels: folder of the label images where the list holds names alone; SegmentationClass, or SegmentationClassAug
+            for splits that end in ``_aug``.
 
     Raises:
         FileNotFoundError: the folder, the list, an image or a label is missing.
-        ValueError: the list is empty.
+        ValueError: the list is empty, or a path leads out of the folder.
     """
-    folder = voc_folder(root)
-    names_file = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not names_file.is_file():
-        there = sorted(path.stem for path in names_file.parent.glob("*.txt"))
-        raise FileNotFoundError(f"split {split!r} wants the list {names_file}, which is missing; lists there: {there}")
-    names = [line.split()[0] for line in names_file.read_text().splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"{names_file} is empty; wanted one image name a line")
-    files = [(folder / "JPEGImages" / f"{name}.jpg", folder / labels / f"{name}.png") for name in names]
-    for image, label in files:
-        for path, what in ((image, "image"), (label, "label")):
-            if not path.is_file():
-                raise FileNotFoundError(f"{names_file} names {image.stem!r}, but its {what} {path} is missing")
+    folder, augmented = voc_folder(root), split.endswith("_aug")
+    labels = labels or ("SegmentationClassAug" if augmented else "SegmentationClass")
+    hint = " (crfnet.data.write_train_aug makes it)" if augmented else ""
+    files = []
+    for line in read_list(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "one image name", hint):
+        where, words = line
+        if len(words) == 2 and "/" in words[0]:
+            image, label = (path_below(folder, word, where) for word in words)
+            files.append((want_file(image, f"{where}: the image"), want_file(label, f"{where}: the label")))
+        else:
+            image, label = folder / "JPEGImages" / f"{line.name}.jpg", folder / labels / f"{line.name}.png"
+            files.append(want_pair(line, image, label))
     return files
+
+
+def voc_images(root: str | os.PathLike[str], split: str = "test") -> list[Path]:
+    """Lists the images of a split in the order of its list; needs no labels, which the test images have not.
+
+    Args:
+        root: the folder VOC2012, VOCdevkit or the one that holds VOCdevkit.
+        split: name of a list in ``ImageSets/Segmentation``.
+
+    Raises:
+        FileNotFoundError: the folder, the list or an image is missing.
+        ValueError: the list is empty, or a path leads out of the folder.
+    """
+    folder, images = voc_folder(root), []
+    for line in read_list(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "one image name"):
+        where, words = line
+        path = (
+            folder / "JPEGImages" / f"{line.name}.jpg" if "/" not in words[0] else path_below(folder, words[0], where)
+        )
+        images.append(want_file(path, f"{where}: the image"))
+    return images
+
+
+def write_voc_results(folder: str | os.PathLike[str], image_id: str, labels: ArrayLike) -> Path:
+    """Writes ``folder/results/VOC2012/Segmentation/comp6_test_cls/<image_id>.png``, as VOC's test server wants it.
+
+    Args:
+        folder: where ``results`` goes; pack that folder to submit it.
+        image_id: name of the test image without its ending.
+        labels: ``(H, W)`` of 0..20 at the image's own size; no void.
+
+    Raises:
+        ValueError: a name with a folder, or labels of another shape or range.
+    """
+    if not image_id or Path(image_id).name != image_id or "\\" in image_id:
+        raise ValueError(f"image_id must be a plain name such as '2008_000006', got {image_id!r}")
+    array = np.asarray(labels)
+    label_picture(array)  # checks the shape
+    if array.max() >= len(VOC_CLASSES):
+        raise ValueError(
+            f"labels of {image_id} must lie in 0..{len(VOC_CLASSES) - 1}, got {array.min()}..{array.max()}"
+        )
+    path = Path(folder) / RESULTS / f"{image_id}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(path, array)
+    return path
