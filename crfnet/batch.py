@@ -57,7 +57,7 @@ def plan(
 
     suffixes, kind = ((".npy",), "probs") if probabilities else (LABEL_MAPS, "labels")
     if many:
-        pictures, sources = _by_stem(image, PICTURES), _by_stem(source, suffixes)
+        pictures, sources = by_stem(image, PICTURES), by_stem(source, suffixes)
         if not pictures:
             raise ValueError(f"{image}: no picture in this folder ({' '.join(PICTURES)})")
         jobs: list[Job] = []
@@ -80,7 +80,7 @@ def plan(
     return [{**job, "overwrite": overwrite} for job in jobs]
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The visible files of some suffixes in a folder, in order of their names, by stem."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The ``crfnet`` command: refine the labels of a picture or of a folder, and examine the installation.
+"""The ``crfnet`` command: refine the labels of pictures, score labels against the truth, examine the installation.
 
 Exit status: 0 done; 1 a file failed or the examination found a fault; 2 wrong usage, nothing was done; 130 interrupted;
 141 nobody reads the output (``| head``).
@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from crfnet import __version__, dense_crf
 from crfnet.batch import plan, run
+from crfnet.comparison import Comparison, named, widths
 from crfnet.doctor import compile_kernels, describe, examine
 from crfnet.ops import METHODS, NORMALIZATIONS
 from crfnet.ops.gpu.target import TARGETS
@@ -79,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     refine.set_defaults(run=_refine)
     _add_files(refine)
     _add_crf(refine)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score label maps against the truth",
+        description="Score label maps against the truth: pixel accuracy, mean accuracy, mean and frequency-weighted "
+        "IoU of the whole set, each class, and bands along the boundaries. Every file counts, or none: a file that "
+        "cannot be used is an error.",
+    )
+    evaluate.set_defaults(run=_evaluate)
+    _add_evaluate(evaluate)
     doctor = commands.add_parser("doctor", help="say what is installed, and check each engine against its definition")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -152,6 +162,53 @@ def _add_crf(refine: argparse.ArgumentParser) -> None:
     add("--engine", choices=METHODS, default=default["engine"], help="of the filters (%(default)s)")
 
 
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    add = evaluate.add_argument
+    add(
+        "predictions",
+        metavar="PREDICTIONS",
+        type=_kind(named, "prediction"),
+        help="folder of indexed or grey PNGs, or one of them, or NAME=FOLDER; without TRUTH a list of lines "
+        "`prediction truth`, paths relative to the list",
+    )
+    add("truth", metavar="TRUTH", type=Path, nargs="?", help="folder of PNGs of the same stems, or one PNG")
+    add("--split", type=Path, metavar="LIST", help="score the names of this list alone, as ImageSets/.../val.txt")
+    add(
+        "--compare",
+        type=_kind(named, "comparison"),
+        action="append",
+        default=[],
+        metavar="[NAME=]PREDICTIONS",
+        help="further predictions of the same truth: which classes gain over PREDICTIONS, which pay; may be repeated",
+    )
+    add("--num-classes", type=_whole(1, 256), metavar="L", help="labels are 0..L-1; default: the names, or what occurs")
+    add("--ignore-label", type=_whole(0, 255), default=255, metavar="I", help="void in the truth (%(default)s)")
+    add("--names", type=Path, metavar="FILE", help="class names, one a line, label 0 first")
+    add(
+        "--trimap", type=_kind(widths, "widths"), default=(), metavar="WIDTHS", help="of bands in pixels: 1,2,5 or 1-40"
+    )
+    add("--curve", type=Path, metavar="C.png", help="plot to write: scores over trimap widths 1..40")
+    add("--panels", type=Path, metavar="FOLDER", help="pictures to write: truth, labels, mistakes of the worst images")
+    add("--images", type=Path, metavar="PHOTOS", help="folder of photos to show in the panels")
+    add("--worst", type=_whole(1), default=20, metavar="N", help="how many panels (%(default)s)")
+    add("--json", type=Path, metavar="S.json", help="everything to write as JSON, scores as fractions")
+    add("--markdown", action="store_true", help="print Markdown tables")
+    add("--overwrite", action="store_true", help="replace outputs that exist (inputs never are)")
+
+
+def _kind(parse: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    """``parse`` for argparse, which keeps no more of a ValueError than that there was one."""
+
+    def kind(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    kind.__name__ = name
+    return kind
+
+
 def _defaults(function: Callable[..., object]) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
@@ -189,6 +246,46 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if report["healthy"] else 1
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    try:
+        comparison = Comparison(
+            [args.predictions, *args.compare],
+            args.truth,
+            split=args.split,
+            num_classes=args.num_classes,
+            ignore_label=args.ignore_label,
+            names=args.names,
+            widths=args.trimap,
+            curve=args.curve,
+            json=args.json,
+            panels=args.panels,
+            photos=args.images,
+            most=args.worst,
+            overwrite=args.overwrite,
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+    failures: list[str] = []
+    with _progress(comparison.total > 1, comparison.total) as show:
+        for prediction, failure in comparison.run():
+            if failure and failure not in failures:  # a bad truth fails every method alike
+                failures.append(failure)
+                show(f"crfnet: {failure}", True)
+            elif comparison.total > 1:
+                show(f"{prediction}", False)
+    if failures:
+        files = "1 file" if len(failures) == 1 else f"{len(failures)} files"
+        print(f"crfnet: no scores, as {files} could not be used", file=sys.stderr)
+        return 1
+    try:
+        comparison.write()
+    except (ValueError, OSError) as error:
+        print(f"crfnet: {error}", file=sys.stderr)
+        return 1
+    print(comparison.text(markdown=args.markdown))
+    return 0
+
+
 def _refine(args: argparse.Namespace) -> int:
     if args.logits and args.probs is None:
         raise UsageError("--logits speaks of --probs, which is not given")
@@ -202,7 +299,10 @@ def _refine(args: argparse.Namespace) -> int:
     jobs = [{**job, **options} for job in jobs]
 
     failed = 0
-    with closing(run(jobs, workers=args.workers, threads=args.threads)) as outcomes, _progress(args, len(jobs)) as show:
+    with (
+        closing(run(jobs, workers=args.workers, threads=args.threads)) as outcomes,
+        _progress(args.image.is_dir(), len(jobs)) as show,
+    ):
         for job, result, reason in outcomes:
             failed += result is None
             show(f"{job['output']}: {_words(result)}" if result else f"crfnet: {reason}", result is None)
@@ -217,9 +317,9 @@ def _words(done: Refined) -> str:
 
 
 @contextmanager
-def _progress(args: argparse.Namespace, total: int) -> Iterator[Callable[[str, bool], None]]:
-    """How to show an outcome: a line for one picture; for a folder a bar, or without tqdm counted lines, on stderr."""
-    if not args.image.is_dir():
+def _progress(many: bool, total: int) -> Iterator[Callable[[str, bool], None]]:
+    """How to show an outcome: a line for one picture; for many a bar, or without tqdm counted lines, on stderr."""
+    if not many:
         yield lambda line, failed: print(line, file=sys.stderr if failed else sys.stdout)
         return
     try:

@@ -1,7 +1,22 @@
-"""Losses for pixel labels: L = -(1/M) sum over the M labelled pixels i of log softmax(logits_i)[labels_i]."""
+"""Losses for pixel labels: L = -(1/M) sum over the M labelled pixels i of log softmax(logits_i)[labels_i].
 
-from torch import Tensor
+Several processes, or several scales, each know a part of that sum and of M: hence parts, a sum and what divides it.
+
+| loss | resolution | divided by | of |
+| --- | --- | --- | --- |
+| `full_resolution` | the image's | labelled pixels | |
+| `full_resolution` of ``normalize=False`` | the image's | images | FCN's and CRF-RNN's released nets |
+| `at_scores` | the scores', 1/8 | labelled pixels | DeepLab |
+| `through_crf` | the image's | labelled pixels, or images | CRF-RNN; padding is no part of the CRF |
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+Part = tuple[Tensor, Tensor | float]  # a sum over pixels, and what it is to be divided by
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
@@ -21,10 +36,37 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) ->
     Raises:
         ValueError: the shapes do not belong together.
     """
+    total, count = cross_entropy_part(logits, labels, ignore_index=ignore_index)
+    return total / count.clamp_min(1)
+
+
+def cross_entropy_part(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy, and the number of labelled pixels; arguments as of `cross_entropy`."""
     if logits.ndim < 2 or labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"logits (B, L, *S) and labels (B, *S) must belong together, "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp_min(1)
+    return total, (labels != ignore_index).sum()
+
+
+def full_resolution(network: nn.Module, batch: Sequence[Tensor], *, normalize: bool = True) -> list[Part]:
+    """Of logits at the image's size: image ``(B, G, H, W)``, labels ``(B, H, W)``, and whatever else the batch has."""
+    image, labels, *_ = batch
+    total, count = cross_entropy_part(network(image), labels)
+    return [(total, count if normalize else len(image))]
+
+
+def at_scores(network: nn.Module, batch: Sequence[Tensor]) -> list[Part]:
+    """Of the scores themselves and the labels that lie at them; for DeepLab's networks."""
+    image, labels, *_ = batch
+    inner: Any = getattr(network, "module", network)  # of DistributedDataParallel
+    return [cross_entropy_part(network(image, upsample=False), inner.subsample(labels))]
+
+
+def through_crf(network: nn.Module, batch: Sequence[Tensor], *, normalize: bool = True) -> list[Part]:
+    """Of the marginals of `WithCRF`, with what a crop was padded by left out of the CRF."""
+    image, labels, inside = batch
+    total, count = cross_entropy_part(network(image, inside), labels)
+    return [(total, count if normalize else len(image))]

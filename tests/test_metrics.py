@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crfnet.losses import cross_entropy
-from crfnet.metrics import ConfusionMatrix, trimap_band
+from crfnet.metrics import FAR, ConfusionMatrix, boundary_distance, trimap_band
 
 
 def test_scores_of_a_case_counted_by_hand():
@@ -69,6 +70,45 @@ def test_confusion_matrix_errors():
         ConfusionMatrix(0)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_scores_are_their_formulas(seed, classes):
+    """Loops over pixels and classes in plain Python, with classes that are absent and void."""
+    random = np.random.default_rng(seed)
+    truth = random.choice([*random.integers(0, classes, 3), 255], (5, 7))
+    called = random.integers(0, classes, (5, 7))
+    called[truth == 255] = 255  # not counted, so not looked at
+    matrix = ConfusionMatrix(classes)
+    matrix.add(torch.from_numpy(called), torch.from_numpy(truth))
+    right, total, accuracies, ious, weighted = 0, 0, [], [], 0.0
+    for c in range(classes):
+        hit = miss = false = 0
+        for t, p in zip(truth.ravel(), called.ravel(), strict=True):
+            if t != 255:
+                hit += t == c and p == c
+                miss += t == c and p != c
+                false += t != c and p == c
+        assert matrix.counts[c].sum() == hit + miss and matrix.counts[:, c].sum() == hit + false
+        if hit + miss:
+            right, total = right + hit, total + hit + miss
+            accuracies.append(hit / (hit + miss))
+            ious.append(hit / (hit + miss + false))
+            weighted += (hit + miss) * ious[-1]
+            assert float(matrix.per_class_accuracy()[c]) == pytest.approx(accuracies[-1])
+        else:
+            assert math.isnan(matrix.per_class_accuracy()[c]) and math.isnan(matrix.per_class_iou()[c])
+    if not total:
+        assert all(map(math.isnan, matrix.scores().values()))
+        return
+    assert matrix.scores() == pytest.approx(
+        {
+            "pixel_accuracy": right / total,
+            "mean_accuracy": np.mean(accuracies),
+            "mean_iou": np.mean(ious),
+            "frequency_weighted_iou": weighted / total,
+        }
+    )
+
+
 def brute_band(labels: torch.Tensor, width: int) -> torch.Tensor:
     """The definition, pixel by pixel: another label, or void, in the square around it."""
     H, W = labels.shape
@@ -102,6 +142,38 @@ def test_band_without_void_is_as_wide_on_either_side():
     labels[:, :, 6:] = 1
     assert trimap_band(labels, 3).sum(-1).unique().tolist() == [6]
     assert not trimap_band(torch.zeros(4, 4, dtype=torch.long), 2).any()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 30), st.integers(1, 30), st.sampled_from([0.0, 0.01, 0.2]))
+def test_distance_gives_the_band_of_every_width(seed, height, width, void):
+    """From single pixels to maps with more blocks than labels, with and without void."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 4, (2, height, width), generator=generator)
+    side = int(torch.randint(1, 8, (), generator=generator))
+    labels = coarse.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+    labels = torch.where(torch.rand(labels.shape, generator=generator) < void, 255, labels)
+    distance = boundary_distance(labels)
+    assert distance.dtype == torch.int32 and distance.shape == labels.shape and int(distance.min()) >= 1
+    for reach in range(1, 41):
+        assert torch.equal(distance <= reach, trimap_band(labels, reach)), reach
+
+
+def test_distance_is_a_kings_walk_around_corners():
+    labels = torch.zeros(1, 6, 6, dtype=torch.uint8)
+    labels[0, 0, 0] = 7
+    i, j = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    expected = torch.maximum(i, j)
+    expected[0, 0] = 1
+    assert torch.equal(boundary_distance(labels)[0].long(), expected)
+
+
+def test_distance_without_a_boundary_is_far():
+    for labels in (torch.full((3, 4), 2), torch.full((3, 4), 255), torch.zeros(1, 1, dtype=torch.long)):
+        assert (boundary_distance(labels) == FAR).all()
+    assert boundary_distance(torch.tensor([[255, 0]])).tolist() == [[FAR, 1]]  # void borders, but is in no band
+    assert boundary_distance(torch.tensor([[3, 0]]), ignore_index=3).tolist() == [[FAR, 1]]
+    with pytest.raises(ValueError, match="labels"):
+        boundary_distance(torch.zeros(4))
 
 
 def test_band_errors():

@@ -1,5 +1,6 @@
 """Networks from images (B, 3, H, W), RGB in 0..255, to logits (B, L, H, W), one network a file."""
 
+from crfnet.models.averaged import Averaged
 from crfnet.models.backbone import BackboneDeepLab
 from crfnet.models.crfrnn import CRFRNN
 from crfnet.models.deeplab_v1 import DeepLabV1
@@ -13,7 +14,7 @@ from crfnet.models.fcn_googlenet import FCNGoogLeNet
 from crfnet.models.fcn_nyud import LateFusionFCN
 from crfnet.models.fcn_siftflow import SiftFlowFCN
 from crfnet.models.heads import ASPP, LargeFOV
-from crfnet.models.multi_scale import MultiScale, multi_scale_loss
+from crfnet.models.multi_scale import MultiScale, multi_scale_loss, multi_scale_parts
 from crfnet.models.preprocess import (
     NYUD_COLOUR,
     NYUD_COLOUR_DEPTH,
@@ -28,6 +29,7 @@ from crfnet.models.with_crf import WithCRF
 
 __all__ = [
     "ASPP",
+    "Averaged",
     "CRFRNN",
     "BackboneDeepLab",
     "Convention",
@@ -54,5 +56,6 @@ __all__ = [
     "WithCRF",
     "dilate",
     "multi_scale_loss",
+    "multi_scale_parts",
     "start_from",
 ]

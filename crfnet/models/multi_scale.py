@@ -8,9 +8,10 @@ train.prototxt): those at 0.75 after enlarging, those at 0.5 at their own size, 
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from crfnet.losses import cross_entropy
+from crfnet.losses import Part, cross_entropy_part
 from crfnet.models.geometry import crop, interp, pad_to, subsample_labels, zoom
 
 
@@ -75,6 +76,21 @@ class MultiScale(nn.Module):
         return Scores(fused, full, three_quarters, half)
 
 
+def multi_scale_parts(scores: Scores, labels: Tensor, *, ignore_index: int = 255) -> list[Part]:
+    """The four cross-entropies of `multi_scale_loss`, each as a sum and its number of labels."""
+    if any(n % 32 != 1 for n in labels.shape[-2:]):
+        raise ValueError(
+            f"labels must have 32 k + 1 pixels an axis, where the scales' scores lie on each other, "
+            f"got {tuple(labels.shape[-2:])}"
+        )
+    eighth, sixteenth = subsample_labels(labels, stride=8), subsample_labels(labels, stride=16)
+    targets = (eighth, eighth, eighth, sixteenth)
+    return [
+        cross_entropy_part(part, target, ignore_index=ignore_index)
+        for part, target in zip(scores, targets, strict=True)
+    ]
+
+
 def multi_scale_loss(scores: Scores, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
     """Sum of four mean cross-entropies: fused, 1 and 0.75 at labels of stride 8, 0.5 at labels of stride 16.
 
@@ -86,11 +102,5 @@ def multi_scale_loss(scores: Scores, labels: Tensor, *, ignore_index: int = 255)
     Raises:
         ValueError: another size of labels.
     """
-    if any(n % 32 != 1 for n in labels.shape[-2:]):
-        raise ValueError(
-            f"labels must have 32 k + 1 pixels an axis, where the scales' scores lie on each other, "
-            f"got {tuple(labels.shape[-2:])}"
-        )
-    eighth, sixteenth = subsample_labels(labels, stride=8), subsample_labels(labels, stride=16)
-    losses = [cross_entropy(part, eighth, ignore_index=ignore_index) for part in scores[:3]]
-    return sum(losses, cross_entropy(scores.half, sixteenth, ignore_index=ignore_index))
+    parts = multi_scale_parts(scores, labels, ignore_index=ignore_index)
+    return torch.stack([total / torch.as_tensor(count).clamp_min(1) for total, count in parts]).sum()
