@@ -12,6 +12,7 @@ from torch import Tensor
 from crfnet.data import Samples
 from crfnet.images import Uint8, panel, voc_palette
 from crfnet.metrics import ConfusionMatrix, trimap_band
+from crfnet.processes import add_up, rank, world_size
 
 ROW_HEIGHT = 180  # pixels, about: small samples are magnified to it
 
@@ -22,13 +23,18 @@ Predictor = Callable[[Tensor], Tensor]
 def evaluate(
     predict: Predictor, samples: Samples, *, trimap_width: int = 3, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """Mean IoU, pixel accuracy, and mean IoU in the trimap band (``trimap_iou_3px``), fractions over the whole set."""
+    """Mean IoU, pixel accuracy, and mean IoU in the trimap band (``trimap_iou_3px``), fractions over the whole set.
+
+    Of several processes every one must call it: each predicts its share of the images, and all get the same scores.
+    """
     everywhere, border = ConfusionMatrix(samples.num_classes), ConfusionMatrix(samples.num_classes)
-    for index in range(len(samples)):
+    for index in range(rank(), len(samples), world_size()):
         image, labels, _ = samples[index]
         called = predict(image[None].to(device)).argmax(1)[0].cpu()
         everywhere.add(called, labels)
         border.add(called, labels, trimap_band(labels, trimap_width))
+    for matrix in (everywhere, border):
+        matrix.counts = add_up(matrix.counts.to(device)).cpu()
     return {
         "mean_iou": everywhere.mean_iou,
         "pixel_accuracy": everywhere.pixel_accuracy,
