@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from slim import NORMS, make, positive, randomise
+from slim import NORMS, make, positive, randomise, slim
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +36,7 @@ from crfnet.models import (
     preprocess,
     start_from,
 )
+from crfnet.models.dilate import dilate
 from crfnet.models.geometry import bilinear_kernel, deconvolution, interp, subsample_labels, zoom
 from crfnet.models.multi_scale import Scores
 from crfnet.models.vgg import score_layer
@@ -855,9 +856,14 @@ def averages(ceil: bool = False, first: int = 3) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def dilated() -> nn.Module:
-    from crfnet.models import dilate
+def valid() -> nn.Sequential:
+    """AlexNet's arrangement: 11x11 of stride 4, pools of 3x3, little padding."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 1, 11, 4, padding=2, bias=False), nn.AvgPool2d(3, 2)]
+    layers += [nn.Conv2d(1, 1, 5, padding=2, bias=False), nn.AvgPool2d(3, 2), nn.Conv2d(1, 1, 3, padding=1, bias=False)]
+    return nn.Sequential(*layers, nn.AvgPool2d(3, 2))
 
+
+def dilated() -> nn.Module:
     return dilate(averages(), 8)
 
 
@@ -878,7 +884,9 @@ class ToLast(nn.Module):
     averages,
     lambda: averages(ceil=True),
     dilated,
-], ids=["3x3", "patches", "2x2 pools", "2x2 pools rounding up", "2x2 pools dilated"])  # fmt: skip
+    lambda: valid(),
+    lambda: dilate(valid(), 8),
+], ids=["3x3", "patches", "2x2", "2x2 rounding up", "2x2 dilated", "valid", "valid dilated"])  # fmt: skip
 def test_logits_lie_where_the_backbone_looks(backbone):
     """The mean place that a pixel's logit sees is that pixel, whatever the backbone: weights are positive."""
     network = positive(BackboneDeepLab(backbone(), 1, head=ToLast())).double()
@@ -892,8 +900,6 @@ def test_logits_lie_where_the_backbone_looks(backbone):
 
 
 def test_a_dilated_backbone_under_three_scales_and_a_crf():
-    from crfnet.models import dilate
-
     torch.manual_seed(0)
     network = BackboneDeepLab(dilate(Strided(5), 8), 3, head="largefov")
     assert network.output_stride == 8 and network.aligned
@@ -1036,3 +1042,58 @@ def test_local_response_normalisation_does_not_overflow_a_half(dtype):
     got, wanted = LocalResponseNorm()(x.to(dtype)), LocalResponseNorm()(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_backbones_that_want_whole_multiples_get_them():
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 3, 8, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[2] % 8 or x.shape[3] % 8:
+                raise RuntimeError(f"sizes must be multiples of 8, got {tuple(x.shape)}")
+            return self.layer(x)
+
+    network = BackboneDeepLab(Whole(), 2)
+    assert network.aligned and network.remainder == 0 and network(image_of(1, 3, 20, 33)).shape == (1, 2, 20, 33)
+    assert BackboneDeepLab(Strided(3), 2).remainder == 1
+
+
+def test_scores_between_pixels_have_no_labels():
+    network = BackboneDeepLab(nn.Conv2d(3, 4, 8, 8), 2)
+    with pytest.raises(ValueError, match="do not lie at every 8th pixel"):
+        network.subsample(torch.zeros(1, 32, 32, dtype=torch.int64))
+
+
+def test_small_deeplab_has_holes_of_1_2_4():
+    convs = [
+        m for m in SmallDeepLab(2, width=2).stages.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)
+    ]
+    assert [conv.dilation[0] for conv in convs] == [1, 1, 1, 1, 1, 1, 2, 2, 4, 4]
+
+
+def test_what_is_no_network_or_crf_is_refused():
+    for arguments in (
+        (DenseCRF(3), SmallDeepLab(3, width=2)),
+        (SmallDeepLab(3, width=2), 21),
+        (lambda x: x, DenseCRF(3)),
+    ):
+        with pytest.raises(TypeError, match="network must be a module and crf a DenseCRF"):
+            WithCRF(*arguments)
+    with torch.device("meta"), pytest.raises(ValueError, match="crf must be a DenseCRF of 3 classes"):
+        CRFRNN(3, crf=DenseCRF(4))
+    with pytest.raises(TypeError, match="convention"):
+        Preprocess("TORCHVISION")
+    with pytest.raises(ValueError, match="rates"):
+        ASPP(4, 2, rates=6)
+    with pytest.raises(ValueError, match="num_classes"):
+        SmallDeepLab(2.5)
+
+
+def test_a_frozen_resnet_starts_within_bounds():
+    torch.manual_seed(0)
+    with slim(8):
+        network = DeepLabV2ResNet(3).eval()
+    with torch.no_grad():
+        assert network(image_of(1, 3, 65, 65)).abs().max() < 100

@@ -823,7 +823,7 @@ LARGEFOV = caffe_names(draw(deeplab_table(4), divisor=16))
         (lambda s: s | {"fc8_coco.0": s["fc8_voc12.0"]}, ["fc8_coco", "fc8_voc12"]),
         (lambda s: s | {"conv3_4.0": s["conv3_2.0"], "conv3_4.1": s["conv3_2.1"]}, ["conv3_4.0, conv3_4.1"]),  # VGG-19
         (lambda s: s | {"data_conv.0": torch.zeros(8, 3, 3, 3)}, ["data_conv.0"]),  # MSc
-        (lambda s: {}, ["missing conv1_1.0"]),
+        (lambda s: {}, ["must have tensors, got none"]),
         (lambda s: s | {"mean": torch.zeros(3)}, ["got names of none", "the file has conv1_1.0", "mean"]),
         (lambda s: {"model_state_dict": s, "epoch": 3}, ["got names of none", "the file has epoch, model_state_dict"]),
     ],
@@ -924,6 +924,41 @@ def test_origins_and_networks_that_are_unknown():
     refused(blank(lambda: DeepLabV2ResNet(4)), LARGEFOV, "conv1_1.0", origin="kazuto1011")
     message = refused(nn.Conv2d(3, 4, 1), LARGEFOV, "got Conv2d", "DeepLabV2ResNet", "read", error=TypeError)
     assert "MultiScale" in message
+
+
+def test_a_trunk_without_scores_and_classifier_is_taken_with_a_warning():
+    """So does an init model look, and a file that was cut short before its scores."""
+    network, source = blank(lambda: DeepLabV1(4)), without(LARGEFOV, "fc8*")
+    with pytest.warns(UserWarning, match="source: has neither scores nor a classifier"):
+        report = weights.load(network, source)
+    assert report.kept == ["fc8.weight", "fc8.bias"]
+    ports = {name[:-2] + (".weight" if name.endswith(".0") else ".bias"): value for name, value in source.items()}
+    refused(blank(lambda: DeepLabV1(4)), ports, "missing fc8.bias", origin="wkentaro")
+
+
+def test_frozen_and_learnt_batch_norm_take_each_others_files(tmp_path):
+    file = tmp_path / "norm.safetensors"
+    with slim(32):
+        frozen, learnt = DeepLabV2ResNet(4), DeepLabV2ResNet(4, freeze_norm=False)
+    weights.save(learnt, file)
+    weights.load(frozen, file)
+    weights.save(frozen, file)
+    weights.load(learnt, file)
+
+
+def test_a_crf_of_another_form_is_refused(tmp_path):
+    file = tmp_path / "crf.safetensors"
+    weights.save(WithCRF(nn.Conv2d(3, 2, 1), DenseCRF(2)), file)
+    refused(WithCRF(nn.Conv2d(3, 2, 1), DenseCRF(2, normalization="symmetric")), file, "crf.normalization after in the")
+
+
+def test_networks_in_data_parallel_or_compiled_are_themselves(tmp_path):
+    file, plain = tmp_path / "net.safetensors", SmallDeepLab(2, width=2)
+    weights.save(nn.DataParallel(plain), file)
+    other = SmallDeepLab(2, width=2)
+    weights.load(torch.compile(other, backend="eager"), file)
+    assert bits(other) == bits(plain)
+    assert "channels [0, 1, 2] of the image" in str(weights.load(other, file))
 
 
 def test_files_that_are_cut_short(path, tmp_path):

@@ -16,9 +16,13 @@ from crfnet.models.fcn_siftflow import SiftFlowFCN
 from crfnet.models.heads import ASPP, LargeFOV
 from crfnet.models.multi_scale import MultiScale, multi_scale_loss, multi_scale_parts
 from crfnet.models.preprocess import (
+    DEEPLAB,
+    FCN,
     NYUD_COLOUR,
     NYUD_COLOUR_DEPTH,
     NYUD_HHA,
+    PASCAL_CONTEXT,
+    SIFT_FLOW,
     TORCHVISION,
     Convention,
     Preprocess,
@@ -31,6 +35,10 @@ __all__ = [
     "ASPP",
     "Averaged",
     "CRFRNN",
+    "DEEPLAB",
+    "FCN",
+    "PASCAL_CONTEXT",
+    "SIFT_FLOW",
     "BackboneDeepLab",
     "Convention",
     "DeepLabV1",

@@ -52,6 +52,8 @@ class BackboneDeepLab(nn.Module):
         convention: Convention = TORCHVISION,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone must be a module, got {type(backbone).__name__}")
         self.preprocess, self.backbone = Preprocess(convention), backbone
         channels, self.output_stride, self.first = _examine(backbone, len(convention.order))
         self.aligned = self.first == (0.0, 0.0)  # cell i lies at pixel output_stride * i
@@ -81,7 +83,7 @@ class BackboneDeepLab(nn.Module):
         """``(B, H, W)`` labels at the scores of ``upsample=False``."""
         if not self.aligned:
             raise ValueError(
-                "the scores of this backbone do not lie at every {self.output_stride}th pixel: use upsample=True"
+                f"the scores of this backbone do not lie at every {self.output_stride}th pixel: use upsample=True"
             )
         return subsample_labels(labels, stride=self.output_stride)
 
@@ -108,21 +110,27 @@ def _takes(backbone: nn.Module, channels: int, size: int) -> bool:
 
 def _answer(backbone: nn.Module, channels: int, size: tuple[int, int]) -> tuple[Any, Any]:
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
-    return cells(backbone, torch.empty(1, channels, *size, dtype=dtype, device="meta"))
+    try:
+        return cells(backbone, torch.empty(1, channels, *size, dtype=dtype, device="meta"))
+    except ValueError as error:
+        hint = "backbone must take images of any size (timm's transformers: dynamic_img_size=True)"
+        raise ValueError(f"{hint}, got for {size} pixels: {error}") from error
 
 
 def _examine(backbone: nn.Module, channels: int) -> tuple[int, int, tuple[float, float]]:
     """Features' channels, stride and first cell's place, from shapes: nothing is computed."""
-    shapes = []
-    for size in ((512, 640), (768, 896)):
-        answer, grid = _answer(backbone, channels, size)
-        features = _last(answer)
-        shapes.append([size[axis] / features.shape[2 + axis] for axis in (0, 1)])
-    stride = round(shapes[0][0])
-    if any(round(ratio) != stride for ratio in sum(shapes, [])):
+    sizes = ((512, 640), (768, 896))
+    (small, _), (large, grid) = (_answer(backbone, channels, size) for size in sizes)
+    few, many = _last(small), _last(large)
+    found = grid(many)
+    # pixels that one cell more stands for; borders without padding cost cells, so not pixels by cells
+    slopes = [(sizes[1][a] - sizes[0][a]) / max(many.shape[2 + a] - few.shape[2 + a], 1) for a in (0, 1)]
+    strides = set(map(float, slopes if found is None else found.stride))
+    stride = round(strides.pop())
+    if strides or many.shape == few.shape or abs(slopes[0] - stride) > 0.25 or abs(slopes[1] - stride) > 0.25:
         raise ValueError(
-            f"backbone must return features (B, F, h, w) of one whole stride, got {tuple(features.shape)} for {size}"
+            f"backbone must return features (B, F, h, w) of one whole stride, got {tuple(few.shape)} for {sizes[0]} "
+            f"and {tuple(many.shape)} for {sizes[1]} pixels"
         )
-    found = grid(features)
     patch = ((stride - 1) / 2,) * 2  # what cannot be followed is taken for patches
-    return features.shape[1], stride, patch if found is None else found.first
+    return few.shape[1], stride, patch if found is None else found.first

@@ -25,5 +25,7 @@ class CRFRNN(WithCRF):
     """
 
     def __init__(self, num_classes: int = 21, *, crf: DenseCRF | None = None) -> None:
+        if crf is not None and getattr(crf, "num_classes", None) != num_classes:
+            raise ValueError(f"crf must be a DenseCRF of {num_classes} classes, got {crf}")
         head = Head8s(num_classes, learn_upsampling=True, upscore2_bias=True)
         super().__init__(FCN(Trunk(), head, CONVENTION), DenseCRF(num_classes) if crf is None else crf)

@@ -24,7 +24,7 @@ class DeepLabV2ResNet(nn.Module):
         num_classes: number of labels ``L``.
         head: "aspp" or "largefov".
         stride_on: "reduce" for DeepLab's own weights, "conv3x3" for torchvision's.
-        freeze_norm: keep batch norm as it is, in training too, as DeepLab does.
+        freeze_norm: keep batch norm as it is, in training too, as DeepLab does with loaded weights; False from scratch.
         convention: channels and mean of the input.
 
     Shape:

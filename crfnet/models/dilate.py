@@ -61,6 +61,8 @@ def dilate(network: nn.Module, output_stride: int = 8, *, example: Tensor | None
 
     Sources: arXiv:1412.7062, section 3.1; arXiv:1606.00915, section 3.1.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module, got {type(network).__name__}")
     if not isinstance(output_stride, int) or output_stride < 1:
         raise ValueError(f"output_stride must be an int of at least 1, got {output_stride!r}")
     if example is None:

@@ -30,8 +30,8 @@ class ASPP(nn.Module):
     ) -> None:
         super().__init__()
         whole_number("num_classes", num_classes, 1)
-        if not rates or min(rates) < 1:
-            raise ValueError(f"rates must be dilations of at least 1, one a branch, got {tuple(rates)}")
+        if isinstance(rates, int) or not rates or any(not isinstance(rate, int) or rate < 1 for rate in rates):
+            raise ValueError(f"rates must be dilations of at least 1, one a branch, got {rates}")
         self.branches = nn.ModuleList(_branch(inputs, num_classes, rate, hidden) for rate in rates)
 
     def forward(self, features: Tensor) -> Tensor:

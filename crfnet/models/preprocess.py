@@ -111,6 +111,8 @@ class Preprocess(nn.Module):
 
 
 def _check(convention: Convention) -> None:
+    if not isinstance(convention, Convention):
+        raise TypeError(f"convention must be one of crfnet.models.preprocess, got {convention!r}")
     order, mean, std, logarithm = convention
     G = len(order)
     if sorted(order) != list(range(G)) or len(mean) != G or len(std) != G or min(std, default=0) <= 0:

@@ -11,7 +11,7 @@ The published network has a stage's stride on its first 1x1 (reduce) and the sho
 where res3 halves the map the two compute something else from the same weights, hence ``stride_on``.
 """
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ class FrozenBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.eps = 1e-5
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - running_mean) / sqrt(running_var + 1e-5) * weight + bias."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class ConvNorm(nn.Module):
@@ -88,7 +89,8 @@ class ResNet(nn.Module):
         depth: 50, 101 or 152.
         output_stride: 8, 16 or 32: what the strides of res4 and res5 would bring beyond it becomes holes.
         stride_on: "reduce" (Caffe, DeepLab) or "conv3x3" (torchvision).
-        freeze_norm: keep batch norm as it is, in training too.
+        freeze_norm: keep batch norm as it is, in training too: for weights that are loaded. Until then the blocks are
+            scaled down so that activations stay in bounds; to train from scratch, False.
         channels: of the input.
 
     Shape:
@@ -130,6 +132,16 @@ class ResNet(nn.Module):
                 layers.append(block)
                 inputs = outputs
             self.add_module(f"res{stage}", layers)
+        if freeze_norm:
+            self._scale_down()
+
+    @torch.no_grad()
+    def _scale_down(self) -> None:
+        """What a norm that learns would do to images of -128..127 and to sums over 33 blocks."""
+        cast(FrozenBatchNorm, self.conv1.bn).weight.fill_(1 / 64)
+        for block in self.modules():
+            if isinstance(block, Bottleneck):
+                cast(FrozenBatchNorm, block.increase.bn).weight.fill_(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of the last stage."""

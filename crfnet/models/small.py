@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crfnet.inputs import whole_number
 from crfnet.models.preprocess import Convention, Preprocess
 
 OUTPUT_STRIDE = 8
@@ -54,8 +55,8 @@ class SmallDeepLab(nn.Module):
         self, num_classes: int, *, width: int = 16, rates: tuple[int, ...] = (1, 3, 6), dropout: float = 0.1
     ) -> None:
         super().__init__()
-        if num_classes < 1 or width < 1:
-            raise ValueError(f"num_classes and width must be at least 1, got {num_classes} and {width}")
+        whole_number("num_classes", num_classes, 1)
+        whole_number("width", width, 1)
         self.preprocess = Preprocess(CONVENTION)
         self.stem = _conv(3, width, stride=2)
         self.stages = nn.Sequential(

@@ -25,6 +25,10 @@ class WithCRF(nn.Module):
 
     def __init__(self, network: nn.Module, crf: DenseCRF, *, preprocess: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module) or not isinstance(crf, DenseCRF):
+            raise TypeError(
+                f"network must be a module and crf a DenseCRF, got {type(network).__name__} and {type(crf).__name__}"
+            )
         self.network, self.crf, self.preprocess = network, crf, preprocess
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -32,7 +36,9 @@ class WithCRF(nn.Module):
         logits = self.network(image if self.preprocess is None else self.preprocess(image))
         if not isinstance(logits, Tensor) or logits.ndim != 4:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"network must return logits (B, L, H, W), one tensor, got {got}")
+            raise TypeError(
+                f"network must return logits (B, L, H, W), one tensor, got {got}: wrap it in a module that does"
+            )
         if logits.shape[2:] != image.shape[2:]:
             logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
         refined: Tensor = self.crf(logits, image, mask)

@@ -3,11 +3,13 @@
 import fnmatch
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crfnet import __version__
 from crfnet.images import PathLike
@@ -30,6 +32,7 @@ class Report:
     adapted: dict[str, str] = field(default_factory=dict)  # parameter → what was done to the file's values
     kept: list[str] = field(default_factory=list)  # parameters that stay as they were
     unused: list[str] = field(default_factory=list)  # names of the file that nothing took
+    inputs: list[str] = field(default_factory=list)  # what the network now makes of an image
 
     def __str__(self) -> str:
         """A few lines for a log."""
@@ -37,6 +40,7 @@ class Report:
         lines += [f"  adapted {name}: {what}" for name, what in sorted(self.adapted.items())]
         lines += [f"  kept {brief(self.kept)}"] if self.kept else []
         lines += [f"  unused {brief(self.unused)}"] if self.unused else []
+        lines += [f"  input {text}" for text in self.inputs]
         return "\n".join(lines)
 
 
@@ -48,7 +52,8 @@ def load(
 
     Weights of an ImageNet network fill the trunk, fc6 and fc7: its linear layers become convolutions, DeepLab's smaller
     fc6 and fc7 take every second or third row and column and every fourth channel, ASPP's branches all begin with the
-    same, a fourth input channel with the mean of the three. The scores are then kept as they are. Of any other file
+    same, a fourth input channel with the mean of the three. The scores are then kept as they are; where a Caffe file
+    has neither scores nor ImageNet's classifier, as one that was cut short there, a warning says so. Of any other file
     nothing may be missing or left over.
 
     Args:
@@ -65,8 +70,11 @@ def load(
         ValueError: the file cannot be read, is of another network, or lacks something; lists the names. Or it is one of
             ours, of a network with other holes, strides or pools. The network is then as it was.
     """
+    network = bare(network)
     label = "source" if isinstance(source, Mapping) else str(source)
     tensors = source if isinstance(source, Mapping) else read(source)
+    if not tensors:
+        raise ValueError(f"{label}: must have tensors, got none")
     state = network.state_dict()
     keep = [keep] if isinstance(keep, str) else keep
     try:
@@ -77,7 +85,7 @@ def load(
         inputs = {module: convention(origin, module) for module in network.modules() if isinstance(module, Preprocess)}
     except ValueError as error:
         raise ValueError(f"{label}: {error}; the file has {brief(tensors)}") from None
-    entries = _without_absent_head(origin, network, entries, tensors)
+    planned, entries = entries, _without_absent_head(origin, network, entries, tensors)
     wanted = {name: entry for name, entry in entries.items() if not _matches(name, keep)}
     scored = any(is_score(key) for entry in wanted.values() for key in entry.sources)
     report = Report(origin)
@@ -106,11 +114,20 @@ def load(
     faults.complain(label, origin, network, tensors)
     if origin == "crfnet" and not isinstance(source, Mapping):
         _check_structure(source, network, keep)
+    if len(entries) < len(planned) and origin in ("caffe", "kazuto1011") and not any(map(is_spare, tensors)):
+        text = (
+            f"{label}: has neither scores nor a classifier: taken for an ImageNet trunk, the network's scores are kept"
+        )
+        warnings.warn(text, stacklevel=2)
     for name, value in values.items():
         state[name].copy_(value)
     for module, its in inputs.items():
         if its is not None:
             module.become(its)
+        report.inputs.append(
+            f"channels {module.order.tolist()} of the image (RGB is 0, 1, 2), less {module.mean.tolist()}, "
+            f"over {module.std.tolist()}"
+        )
     internal = re.compile(r"(^|\.)(num_batches_tracked|preprocess\.(\w+\.)?(order|mean|std))$")
     report.kept = [name for name in state if name not in values and not internal.search(name)]
     return report
@@ -122,9 +139,21 @@ def save(network: nn.Module, path: PathLike) -> None:
     Raises:
         OSError, ImportError, ValueError: as :func:`crfnet.weights.files.save`.
     """
+    network = bare(network)
     metadata = {"format": "crfnet", "network": type(network).__name__, "version": __version__}
     metadata["structure"] = json.dumps(structure(network))
     save_tensors(network.state_dict(), path, metadata)
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network within DistributedDataParallel, DataParallel or torch.compile."""
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and isinstance(network, DistributedDataParallel | nn.DataParallel):
+            inner = network.module
+        if inner is None:
+            return network
+        network = inner
 
 
 def _check_structure(path: PathLike, network: nn.Module, keep: Sequence[str]) -> None:
@@ -176,7 +205,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _without_absent_head(origin: str, network: nn.Module, planned: Plan, tensors: Mapping[str, Tensor]) -> Plan:
     """The plan less the scores, where the file has a trunk and no more than a classifier beside it: one of ImageNet."""
-    if origin == "crfnet":
+    if origin in ("crfnet", "wkentaro", "sadeepj"):  # their files have scores
         return planned
     paths = {path for layer, path in layers(network).items() if is_head(layer)}
     trunk = {name: entry for name, entry in planned.items() if name.rsplit(".", 1)[0] not in paths}

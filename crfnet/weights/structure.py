@@ -1,4 +1,4 @@
-"""What weights do not say of the network they are of: strides, holes, paddings, pools, scales, by layer.
+"""What weights do not say of the network they are of: strides, holes, pools, scales, the CRF's form, by module.
 
 Networks may have parameters of the same names and shapes and yet compute something else, as DeepLab's ASPP-S and ASPP-L
 do. Our own files hold this beside the weights, so that one is not taken for another.
@@ -11,7 +11,7 @@ from torch import nn
 
 SETTINGS = (
     "kernel_size", "stride", "padding", "dilation", "groups", "ceil_mode", "count_include_pad", "eps", "size", "alpha",
-    "beta", "offset", "scale3", "scale4", "logarithm", "end",
+    "beta", "offset", "scale3", "scale4", "logarithm", "end", "normalization", "remove_self", "image_range", "damping",
 )  # fmt: skip
 Structure = dict[str, dict[str, Any]]
 
