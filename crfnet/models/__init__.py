@@ -17,7 +17,6 @@ from crfnet.models.heads import ASPP, LargeFOV
 from crfnet.models.multi_scale import MultiScale, multi_scale_loss, multi_scale_parts
 from crfnet.models.preprocess import (
     DEEPLAB,
-    FCN,
     NYUD_COLOUR,
     NYUD_COLOUR_DEPTH,
     NYUD_HHA,
@@ -36,7 +35,6 @@ __all__ = [
     "Averaged",
     "CRFRNN",
     "DEEPLAB",
-    "FCN",
     "PASCAL_CONTEXT",
     "SIFT_FLOW",
     "BackboneDeepLab",
