@@ -168,6 +168,15 @@ def work(root: Path, folder: Path, workers: int, done, kill_at: str) -> None:
     torch.save(outcome(network, run), folder / "outcome")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are killed have: in which order sums are taken depends on it, and so do the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def server():
     if "forkserver" not in multiprocessing.get_all_start_methods():
