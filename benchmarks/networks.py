@@ -14,7 +14,6 @@ CRF has more to do the less sure its unaries are, and here the winners have 0.5 
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from _networks import NETWORKS, Network, draw, outputs
 from torch import Tensor, nn
 
 from crfnet import models
+from crfnet.images import atomic_write
 
 # root mean square difference over the spread: weights and activations of 100 layers, each rounded to half a unit,
 # add up to sqrt(200) of them; in float32 it is the order of long sums that counts
@@ -178,9 +178,8 @@ def line(name: str, mode: str, row: dict[str, Any], plain: dict[str, Any] | None
 def save(report: dict[str, Any], out: Path) -> None:
     """Write it whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(beside, out)
+    with atomic_write(out) as stream:
+        stream.write((json.dumps(report, indent=2) + "\n").encode())
 
 
 def main() -> None:

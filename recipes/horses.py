@@ -3,8 +3,8 @@
     python recipes/horses.py --root /data/horses --seed 0
 
 209 photographs to train, 53 for the scores, horse or not. Choices (the CRF's parameters, which moment of a training to
-keep) are made on images held out of train; `val` is scored once a stage. Writes results.json, curves.json,
-checkpoints of each stage and panel.png; a run that was stopped goes on with --resume. README.md has real scores.
+keep) are made on images held out of train; `val` is scored once a stage. Writes results.json, search.json,
+checkpoints of each stage and panel.png; a run that was stopped goes on with --resume. It has not been run whole yet.
 
 | row         | what |
 | dcnn        | the DCNN alone |
