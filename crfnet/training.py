@@ -58,7 +58,11 @@ class Settings:
         keep: checkpoints that stay.
         validate_every: iterations between rows of the log, each with a validation if there is one; 0 has one row, at
             the end.
-        select: name of the metric whose best validation the network ends with; "" takes the last.
+        select: name of the metric whose best validation the network ends with, that of the start among them; "" takes
+            the last.
+        guard: name of a metric that must not fall below its value at the start, such as the mean IoU on training
+            images: a validation where it does is not selected, and the log says so. If none is left, the network ends
+            as it started. Needs ``select``.
         tensorboard: writes the log for TensorBoard as well.
     """
 
@@ -75,6 +79,7 @@ class Settings:
     keep: int = 2
     validate_every: int = 0
     select: str = ""
+    guard: str = ""
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +94,8 @@ class Settings:
             raise ValueError(f"autocast must be torch.bfloat16 or None, got {self.autocast}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must lie in [0, 1), got {self.average}")
+        if self.guard and not self.select:
+            raise ValueError(f"guard {self.guard!r} needs select: it says which validations may be chosen")
 
 
 class Order(Sampler[list[tuple[int, int]]]):
@@ -189,6 +196,19 @@ def train(
     batches = iter(_loader(samples, settings, start))
     began = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
     iterations = iter(range(start, settings.iterations))
+
+    def judge(done: int, row: Metrics) -> None:
+        judged = (network if average is None else average.module).eval()
+        # plain numbers, as a checkpoint of NumPy's would not load again
+        metrics = {} if validate is None else {name: float(value) for name, value in validate(judged).items()}
+        run.history.append({"iteration": done} | row | {"seconds": time.perf_counter() - began} | metrics)
+        log(", ".join(f"{name} {value:.4g}" for name, value in run.history[-1].items()))
+        _log(folder, run.history, board)
+        if settings.select:
+            _select(run, done, metrics, settings, judged, log)
+
+    if settings.select and not run.history:
+        judge(0, {})
     for iteration in iterations if progress is None else progress(iterations, settings.iterations - start):
         _train_mode(network, settings)
         done, rate = iteration + 1, float(steps.get_last_lr()[0])
@@ -198,16 +218,9 @@ def train(
             average.update_parameters(network)
         last = done == settings.iterations
         if last or (settings.validate_every and done % settings.validate_every == 0):
-            judged = (network if average is None else average.module).eval()
-            # plain numbers, as a checkpoint of NumPy's would not load again
-            metrics = {} if validate is None else {name: float(value) for name, value in validate(judged).items()}
-            row = {"iteration": done, "loss": sum(run.losses) / len(run.losses), "learning_rate": rate}
-            run.history.append(row | {"seconds": time.perf_counter() - began} | metrics)
+            row = {"loss": sum(run.losses) / len(run.losses), "learning_rate": rate}
             run.losses.clear()
-            log(", ".join(f"{name} {value:.4g}" for name, value in run.history[-1].items()))
-            _log(folder, run.history, board)
-            if settings.select:
-                _select(run, done, metrics, settings.select, judged)
+            judge(done, row)
         if folder is not None and settings.checkpoint_every and (last or done % settings.checkpoint_every == 0):
             _write(folder, done, parts, fixed, settings, run)
     if board is not None:
@@ -285,20 +298,30 @@ def share_norm(network: nn.Module, device: torch.device) -> None:
         network.set_submodule(path, nn.SyncBatchNorm.convert_sync_batchnorm(module))
 
 
-def _select(run: Run, done: int, metrics: Metrics, name: str, judged: nn.Module) -> None:
-    """Keeps the network if it is the best so far."""
-    if name not in metrics:
-        raise ValueError(f"select must be one of the metrics {sorted(metrics)}, got {name!r}")
-    if run.best is None or math.isnan(run.best["score"]) or metrics[name] > run.best["score"]:
+def _select(
+    run: Run, done: int, metrics: Metrics, settings: Settings, judged: nn.Module, log: Callable[[str], None]
+) -> None:
+    """Keeps the network if it is the best so far, and no worse than the start by the guard."""
+    for what, name in (("select", settings.select), ("guard", settings.guard)):
+        if name and name not in metrics:
+            raise ValueError(f"{what} must be one of the metrics {sorted(metrics)}, got {name!r}")
+    floor = run.history[0][settings.guard] if settings.guard else -math.inf
+    if math.isnan(floor):
+        raise ValueError(f"guard must be a number at the start, {settings.guard} is NaN")
+    if settings.guard and not metrics[settings.guard] >= floor:
+        log(f"not to be selected: {settings.guard} {metrics[settings.guard]:.4f}, below {floor:.4f} at the start")
+        return
+    score = metrics[settings.select]
+    if run.best is None or math.isnan(run.best["score"]) or score > run.best["score"]:
         copied = {key: value.detach().cpu().clone() for key, value in judged.state_dict().items()}
-        run.best = {"iteration": done, "score": metrics[name], "network": copied}
+        run.best = {"iteration": done, "score": score, "network": copied}
 
 
 def _log(folder: Path | None, history: list[Metrics], board: Any) -> None:
     if folder is None or rank():
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in history for name in row)))
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in reversed(history) for name in row)))
     writer.writeheader()
     writer.writerows(history)
     folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +360,7 @@ def _check(samples: Samples, settings: Settings, folder: Path | None, resume: bo
 
 def _fixed(samples: Samples, optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
     """What a run that goes on must share with the one that stopped, or it would be neither."""
-    names = ("batch_size", "accumulate", "seed", "clip_crf", "average", "freeze_norm", "select")
+    names = ("batch_size", "accumulate", "seed", "clip_crf", "average", "freeze_norm", "select", "guard")
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     fixed = {name: getattr(settings, name) for name in names} | {"autocast": str(settings.autocast)}
     fixed |= {"number of samples": len(samples), "seed of the samples": samples.seed}

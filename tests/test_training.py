@@ -231,8 +231,9 @@ def test_a_run_that_is_killed_loses_an_interval_at_most_and_ends_with_the_same_b
     assert left == {"outcome", "log.csv", "iteration-00000015.pt", "iteration-00000018.pt"}
     with open(tmp_path / "log.csv", newline="") as stream:
         table = list(csv.DictReader(stream))
-    assert [int(row["iteration"]) for row in table] == list(range(2, 19, 2))
-    assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows]
+    assert [int(row["iteration"]) for row in table] == list(range(0, 19, 2))
+    assert list(table[0])[:4] == ["iteration", "loss", "learning_rate", "seconds"]
+    assert [float(row["loss"]) for row in table[1:]] == [row["loss"] for row in rows[1:]]  # the start has none
     seconds = [float(row["seconds"]) for row in table]
     assert seconds == sorted(seconds)
 
@@ -241,7 +242,7 @@ def test_a_run_that_is_done_gives_its_result_again_and_may_go_on(root, tmp_path,
     settings = replace(LONG, iterations=12)
     long_run(root, settings, folder=tmp_path)
     network, run = long_run(root, settings, folder=tmp_path, resume=True)
-    assert [row["iteration"] for row in run.history] == list(range(2, 13, 2))
+    assert [row["iteration"] for row in run.history] == list(range(0, 13, 2))
     assert same(network.state_dict(), run.best["network"]) and not network.training
     assert same(outcome(*long_run(root, LONG, folder=tmp_path, resume=True))[0], uninterrupted[0])
 
@@ -659,7 +660,7 @@ def test_autocast_computes_in_bfloat16_and_sums_the_loss_in_float32(root):
 
 
 def test_the_best_validation_comes_back(root):
-    network, scores, states = tiny(), iter([np.float64("nan"), 0.2, 0.5, 0.4, 0.5]), []
+    network, scores, states = tiny(), iter([np.float64("nan"), 0.1, 0.2, 0.5, 0.4, 0.5]), []
 
     def validate(judged):
         states.append({name: value.clone() for name, value in judged.state_dict().items()})
@@ -667,10 +668,53 @@ def test_the_best_validation_comes_back(root):
 
     run = fit(network, read_samples(root), Settings(5, validate_every=1, select="mean_iou"), validate=validate)
     assert (run.best["iteration"], run.best["score"]) == (3, 0.5)  # the first of equals; NaN is no best
-    assert same(network.state_dict(), states[2]) and not same(states[2], states[4])
+    assert same(network.state_dict(), states[3]) and not same(states[3], states[5])
     assert all(type(row["mean_iou"]) is float for row in run.history)
     with pytest.raises(ValueError, match=r"select must be one of the metrics \['mean_iou'\], got 'iou'"):
         fit(tiny(), read_samples(root), Settings(1, select="iou"), validate=lambda judged: {"mean_iou": 1.0})
+
+
+def guarded(network, root, selected, guard):
+    scores, lines = iter(zip(selected, guard, strict=True)), []
+    run = train(
+        network, read_samples(root), full_resolution, torch.optim.SGD(network.parameters(), 0.02), constant,
+        Settings(3, validate_every=1, select="mean_iou", guard="train_iou"), log=lines.append,
+        validate=lambda judged: dict(zip(("mean_iou", "train_iou"), next(scores), strict=True)),
+    )  # fmt: skip
+    return run, [line for line in lines if "not to be selected" in line]
+
+
+def test_what_falls_below_the_start_by_the_guard_is_not_selected(root):
+    """CRF-RNN's fine-tuning that collapses: better on the held-out images by chance, worse on the training images."""
+    network = tiny()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    run, refused = guarded(network, root, [0.5, 0.9, 0.6, 0.7], [0.6, 0.59, 0.6, 0.2])
+    assert run.best["iteration"] == 2 and len(refused) == 2
+    assert refused[0] == "not to be selected: train_iou 0.5900, below 0.6000 at the start"
+    network = tiny()
+    run, refused = guarded(network, root, [0.5, 0.9, 0.9, 0.9], [0.6, 0.1, float("nan"), 0.2])
+    assert run.best["iteration"] == 0 and len(refused) == 3 and same(network.state_dict(), before)
+    with pytest.raises(ValueError, match="guard must be a number at the start, train_iou is NaN"):
+        guarded(tiny(), root, [0.5] * 4, [float("nan")] * 4)
+    with pytest.raises(ValueError, match="guard 'train_iou' needs select"):
+        Settings(1, guard="train_iou")
+    with pytest.raises(ValueError, match=r"guard must be one of the metrics \['mean_iou'\], got 'iou'"):
+        fit(tiny(), read_samples(root), Settings(1, select="mean_iou", guard="iou"),
+            validate=lambda judged: {"mean_iou": 1.0})  # fmt: skip
+
+
+def test_a_crf_alone_learns_on_a_frozen_network(root):
+    whole = with_crf()
+    network = nn.Sequential(whole.network, nn.BatchNorm2d(CLASSES))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    both = WithCRF(network, whole.crf, frozen=True)
+    fit(both, read_samples(root), Settings(2, 2), rate=1.0, loss=through_crf)
+    assert same(network.state_dict(), before)  # nor did batch norm's statistics move
+    assert not any(p.requires_grad for p in network.parameters()) and all(
+        p.grad is not None for p in whole.crf.parameters()
+    )
+    both.train()
+    assert not network[0].dropout.training and not network[1].training and both.crf.training
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_does_harm(root, tmp_path):

@@ -16,6 +16,8 @@ class WithCRF(nn.Module):
         preprocess: what the image must go through before a network of your own; the CRF sees the image as it came.
             ``crfnet.models.Preprocess(crfnet.models.TORCHVISION)`` serves those of torchvision, timm and most others.
             The networks of this package do it themselves.
+        frozen: the network does not learn, and stays in evaluation mode whatever ``train()`` says: the CRF alone is
+            fitted to its unaries (piecewise training by gradient). Its parameters lose ``requires_grad``.
 
     Shape:
         image ``(B, 3, H, W)``, mask ``(B, H, W)`` bool (True = the pixel takes part) → logits ``(B, L, H, W)``.
@@ -23,13 +25,24 @@ class WithCRF(nn.Module):
     Source: Zheng et al., arXiv:1502.03240, section 5.
     """
 
-    def __init__(self, network: nn.Module, crf: DenseCRF, *, preprocess: nn.Module | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, crf: DenseCRF, *, preprocess: nn.Module | None = None, frozen: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module) or not isinstance(crf, DenseCRF):
             raise TypeError(
                 f"network must be a module and crf a DenseCRF, got {type(network).__name__} and {type(crf).__name__}"
             )
-        self.network, self.crf, self.preprocess = network, crf, preprocess
+        self.network, self.crf, self.preprocess, self.frozen = network, crf, preprocess, frozen
+        if frozen:
+            network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "WithCRF":
+        """As `torch.nn.Module.train`, but for a frozen network."""
+        super().train(mode)
+        if self.frozen:
+            self.network.eval()
+        return self
 
     def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of the marginals at the image's own size."""
