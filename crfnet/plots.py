@@ -1,4 +1,4 @@
-"""Line plots drawn with Pillow: panels side by side under one legend.
+"""Line plots drawn with Pillow: panels side by side under one legend; and what other plots are drawn from.
 
 Shapes are drawn ``FINE`` times as large and then reduced, which smooths their edges; text is drawn at its own size.
 """
@@ -44,28 +44,25 @@ def draw(panels: Sequence[Panel]) -> Uint8:
     if not names:
         raise ValueError("a plot wants at least one panel with at least one line, got none")
     width = len(panels) * (LEFT + PANEL[0] + RIGHT)
-    places, legend_height = _legend_places(names, width)
-    canvas = _Canvas(width, legend_height + TOP + PANEL[1] + BOTTOM)
-    for name, (x, y) in places.items():
-        colour, marker = _style(names.index(name))
-        canvas.line([(x, y), (x + 36, y)], colour)
-        canvas.marker((x + 18, y), colour, marker)
-        canvas.text((x + 46, y), name, "lm", INK)
+    places, legend_height = legend_places(names, width)
+    canvas = Canvas(width, legend_height + TOP + PANEL[1] + BOTTOM)
+    draw_legend(canvas, places)
     for k, panel in enumerate(panels):
-        _draw_panel(canvas, panel, names, (k * (LEFT + PANEL[0] + RIGHT) + LEFT, legend_height + TOP))
+        draw_panel(canvas, panel, names, (k * (LEFT + PANEL[0] + RIGHT) + LEFT, legend_height + TOP))
     return canvas.picture()
 
 
-def _style(index: int) -> tuple[Colour, str]:
+def style(index: int) -> tuple[Colour, str]:
+    """Colour and marker of a line, by its place in the legend."""
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
-def _legend_places(names: Sequence[str], width: int) -> tuple[dict[str, Point], int]:
+def legend_places(names: Sequence[str], width: int) -> tuple[dict[str, Point], int]:
     """Where the sample of each line begins, in as many rows as it takes, and the height of all."""
     places: dict[str, Point] = {}
     x, y = float(LEFT), 30.0
     for name in names:
-        takes = 46 + _font(16).getlength(name) + 34
+        takes = 46 + font(16).getlength(name) + 34
         if x > LEFT and x + takes > width:
             x, y = LEFT, y + LEGEND
         places[name] = (x, y)
@@ -73,8 +70,24 @@ def _legend_places(names: Sequence[str], width: int) -> tuple[dict[str, Point], 
     return places, round(y + LEGEND / 2)
 
 
-def _draw_panel(canvas: "_Canvas", panel: Panel, names: Sequence[str], corner: tuple[int, int]) -> None:
-    (left, top), (width, height) = corner, PANEL
+def draw_legend(canvas: "Canvas", places: Mapping[str, Point]) -> None:
+    """A sample of each line with its name."""
+    for index, (name, (x, y)) in enumerate(places.items()):
+        colour, marker = style(index)
+        canvas.line([(x, y), (x + 36, y)], colour)
+        canvas.marker((x + 18, y), colour, marker)
+        canvas.text((x + 46, y), name, "lm", INK)
+
+
+def draw_panel(
+    canvas: "Canvas", panel: Panel, names: Sequence[str], corner: tuple[int, int], size: tuple[int, int] = PANEL
+) -> None:
+    """Axes of one size with their upper left corner there; ``names`` are those of the legend, in its order.
+
+    Raises:
+        ValueError: a line whose x and y differ in number, or no finite point.
+    """
+    (left, top), (width, height) = corner, size
     right, bottom = left + width, top + height
     for name, (x, y) in panel.lines.items():
         if len(x) != len(y):
@@ -98,16 +111,16 @@ def _draw_panel(canvas: "_Canvas", panel: Panel, names: Sequence[str], corner: t
     for value in ys:
         _, y_there = at(x_low, value)
         canvas.line([(left, y_there), (right, y_there)], LIGHT, 1)
-        canvas.text((left - 9, y_there), _number(value, ys), "rm", GREY)
+        canvas.text((left - 9, y_there), number(value, ys), "rm", GREY)
     for value in (value for value in xs if x_low <= value <= x_high):
         x_there, _ = at(value, y_low)
         canvas.line([(x_there, bottom), (x_there, bottom + 5)], GREY, 1)
-        canvas.text((x_there, bottom + 18), _number(value, xs), "mm", GREY)
+        canvas.text((x_there, bottom + 18), number(value, xs), "mm", GREY)
     canvas.line([(left, top), (left, bottom), (right, bottom)], GREY, 1)
     canvas.text((left, top - 20), panel.title, "lm", INK, 18)
     canvas.text(((left + right) / 2, bottom + 44), panel.x_label, "mm", INK)
     for name, (x_values, y_values) in panel.lines.items():
-        colour, marker = _style(names.index(name))
+        colour, marker = style(names.index(name))
         placed = [at(x, y) if math.isfinite(y) else None for x, y in zip(x_values, y_values, strict=True)]
         for run in _runs(placed):
             canvas.line(run, colour)
@@ -129,7 +142,8 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
-def _number(value: float, among: Sequence[float]) -> str:
+def number(value: float, among: Sequence[float]) -> str:
+    """The value with as many digits as tell the ticks apart."""
     digits = max(0, -math.floor(math.log10(among[-1] - among[-2]) + 1e-9))
     return f"{value:.{digits}f}"
 
@@ -145,26 +159,45 @@ def _runs(points: Sequence[Point | None]) -> list[list[Point]]:
     return [run for run in runs if len(run) > 1]
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, for text of so many pixels."""
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont)
+    return own
 
 
-class _Canvas:
-    """Shapes on a fine white picture, text kept for the reduced one."""
+class Canvas:
+    """Shapes on a fine white picture, text kept for the reduced one; all positions in pixels of the latter."""
 
     def __init__(self, width: int, height: int) -> None:
         self.size = (width, height)
         self.fine = Image.new("RGB", (FINE * width, FINE * height), "white")
         self.shapes = ImageDraw.Draw(self.fine)
-        self.texts: list[tuple[Point, str, str, Colour, int]] = []
+        self.texts: list[tuple[Point, str, str, Colour, int, bool]] = []
 
     def line(self, points: Sequence[Point], colour: Colour, width: float = 2.4) -> None:
+        """A line through the points."""
         fine = [(FINE * x, FINE * y) for x, y in points]
         self.shapes.line(fine, colour, round(FINE * width), joint="curve")
 
+    def box(
+        self,
+        corner: Point,
+        size: Point,
+        fill: Colour,
+        outline: Colour | None = None,
+        *,
+        width: float = 0,
+        radius: float = 0,
+    ) -> None:
+        """A rectangle from its upper left corner, its outline inside, with round corners of a radius."""
+        (x, y), (w, h) = corner, size
+        # a pixel at the end of Pillow's boxes belongs to them
+        fine = (FINE * x, FINE * y, FINE * (x + w) - 1, FINE * (y + h) - 1)
+        self.shapes.rounded_rectangle(fine, FINE * radius, fill, outline, round(FINE * width))
+
     def marker(self, point: Point, colour: Colour, kind: str, radius: float = 4.5) -> None:
+        """One of ``MARKERS`` around a point."""
         x, y = FINE * point[0], FINE * point[1]
         # a white rim keeps markers on each other apart
         for fill, r in (("white", FINE * (radius + 1)), (colour, FINE * radius)):
@@ -178,12 +211,23 @@ class _Canvas:
                 }[kind]
                 self.shapes.polygon([(x + r * a, y + r * b) for a, b in corners], fill)
 
-    def text(self, point: Point, text: str, anchor: str, colour: Colour, size: int = 16) -> None:
-        self.texts.append((point, text, anchor, colour, size))
+    def text(
+        self, point: Point, text: str, anchor: str, colour: Colour, size: int = 16, *, upwards: bool = False
+    ) -> None:
+        """Text at a point, by Pillow's anchors; read upwards, it has the point in its middle."""
+        self.texts.append((point, text, anchor, colour, size, upwards))
 
     def picture(self) -> Uint8:
+        """All of it, (H, W, 3)."""
         image = self.fine.resize(self.size, Image.Resampling.BOX)
         pen = ImageDraw.Draw(image)
-        for point, text, anchor, colour, size in self.texts:
-            pen.text(point, text, colour, _font(size), anchor)
+        for point, text, anchor, colour, size, upwards in self.texts:
+            if upwards:
+                length, height = math.ceil(font(size).getlength(text)), 2 * size
+                lying = Image.new("L", (length, height))
+                ImageDraw.Draw(lying).text((length / 2, height / 2), text, 255, font(size), "mm")
+                standing = lying.transpose(Image.Transpose.ROTATE_90)
+                image.paste(colour, (round(point[0] - height / 2), round(point[1] - length / 2)), standing)
+            else:
+                pen.text(point, text, colour, font(size), anchor)
         return np.array(image)

@@ -11,17 +11,35 @@ and filters the marginals of all weights together, as further channels:
     q_r = softmax(x_r),   x_r <- logits + w1_r K_bilateral q_r + w2_r K_spatial q_r,   r = 1 .. number of weights
 
 (kernels normalised "after", Potts compatibility up to a constant over labels, as in Kraehenbuehl and Koltun's library).
+
+    images, logits, labels = unaries(network, held_out)
+    found = search(images, logits, labels, **asdict(DEEPLAB_V2_GRID), table="search.csv")
+    DenseCRF(21, **asdict(found.parameters))
+
+A table on disk is both the record of what was tried and what a stopped search goes on from. Its first line is a
+comment, ``pandas.read_csv(path, comment="#")`` say; it tells apart tables of other data, and damaged ones.
 """
 
+import csv
+import hashlib
+import io
 import itertools
+import math
+import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from crfnet.data import Samples
 from crfnet.features import pixel_features
+from crfnet.images import PathLike, atomic_write
+from crfnet.inputs import whole_number
 from crfnet.metrics import ConfusionMatrix
 from crfnet.ops import GaussianFilter, GridFilter
 from crfnet.ops.operator import Method
@@ -40,6 +58,35 @@ class Parameters:
     theta_beta: float
     spatial_weight: float
     theta_gamma: float
+
+
+NAMES = tuple(field.name for field in fields(Parameters))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a search tries, ``search(images, logits, labels, **asdict(grid))``; nests in the flags of a recipe.
+
+    The defaults are near DeepLab's, with w2 and its bandwidth fixed, for images of about 500 pixels; scale
+    ``theta_alpha`` with the size of others.
+    """
+
+    bilateral_weight: tuple[float, ...] = (3.0, 5.0, 8.0)  # w1, the coarse values
+    theta_alpha: tuple[float, ...] = (30.0, 55.0, 100.0)  # sigma_alpha, pixels
+    theta_beta: tuple[float, ...] = (3.0, 6.0, 12.0)  # sigma_beta, intensity levels
+    spatial_weight: tuple[float, ...] = (3.0,)  # w2; one value stays fixed
+    theta_gamma: tuple[float, ...] = (1.0,)  # sigma_gamma, pixels
+    rounds: int = 1  # of refinement around the best, each with steps half as large
+    num_iterations: int = 10  # of mean field
+
+
+# The papers' ranges: their ends and the geometric mean. The papers step evenly, by 10 pixels and 1 level; ours are
+# ratios, which two rounds of refinement make finer than that in mid-range. How often the papers refined is not said.
+# arXiv:1412.7062, section 5: w1 5 to 10, sigma_alpha 50:10:100, sigma_beta 3:1:10. The script in the released code,
+# python/my_script/crf_runner.py, has w1 5 and 10, and sigma_alpha from 40 on.
+DEEPLAB_V1_GRID = Grid((5.0, 7.1, 10.0), (50.0, 71.0, 100.0), (3.0, 5.5, 10.0), (3.0,), (3.0,), rounds=2)
+# arXiv:1606.00915, section 4.1.1: w1 3:6, sigma_alpha 30:10:100, sigma_beta 3:6
+DEEPLAB_V2_GRID = Grid((3.0, 4.2, 6.0), (30.0, 55.0, 100.0), (3.0, 4.2, 6.0), (3.0,), (3.0,), rounds=2)
 
 
 @dataclass(frozen=True)
@@ -68,27 +115,97 @@ class Search:
         """The best trial that has a CRF, better than none or not."""
         return max(self.table[1:], key=lambda trial: trial.mean_iou)
 
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters to use: those of the best trial.
+
+        Where no CRF is best, those of the best CRF with both weights zero: the labels are the DCNN's, and a training
+        may still start from there.
+        """
+        if self.best == self.without_crf:
+            return replace(self.best_crf.parameters, bilateral_weight=0.0, spatial_weight=0.0)
+        return self.best.parameters
+
+
+@torch.no_grad()
+def unaries(
+    network: nn.Module,
+    samples: Samples,
+    *,
+    count: int = 100,
+    seed: int = 10,
+    device: str | torch.device = "cpu",
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Images, a DCNN's logits for them and their labels, of held-out samples chosen by chance: what `search` takes.
+
+    100 images are DeepLab's number, and 10 its seed (``SetupEnv.m`` of the released code); which images Matlab's
+    generator then chose, no other one can tell. The network predicts in eval mode and is left in the modes it had.
+
+    Args:
+        network: from images ``(1, G, H, W)`` to logits ``(1, L, h, w)``, on ``device``. Logits of another size than
+            the image's are enlarged bilinearly, as `crfnet.models.WithCRF` does.
+        samples: the held-out ones.
+        count: how many; all of them where there are fewer. They come in the order of ``samples``.
+        seed: of the choice.
+        device: where images and logits go and stay, 4 L bytes a pixel.
+
+    Returns:
+        Lists of images (G, H, W), logits (L, H, W) and labels (H, W), the labels on the CPU.
+
+    Raises:
+        ValueError: ``count`` below 1, no samples, labels of several labellings, or a sample padded by its transform.
+        TypeError: the network returns something else than one tensor (1, L, h, w).
+    """
+    whole_number("count", count, 1)
+    if not len(samples):
+        raise ValueError("samples must be at least one, got none")
+    chosen = sorted(np.random.default_rng(seed).permutation(len(samples))[:count].tolist())
+    images, logits, labels = [], [], []
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        for index in chosen:
+            image, truth, inside = samples[index]
+            if truth.ndim != 2 or not inside.all():
+                wanted = f"sample {index}: wanted labels (H, W) and no padded pixels"
+                raise ValueError(f"{wanted}, got {tuple(truth.shape)} and {int((~inside).sum())}")
+            image = image.to(device)
+            scores = network(image[None])
+            if not isinstance(scores, Tensor) or scores.ndim != 4 or len(scores) != 1:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise TypeError(f"network must return logits (1, L, h, w), one tensor, got {got}")
+            if scores.shape[2:] != image.shape[1:]:
+                scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=False)
+            images.append(image)
+            logits.append(scores[0])
+            labels.append(truth)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return images, logits, labels
+
 
 def search(
     images: Sequence[Tensor],
     logits: Sequence[Tensor],
     labels: Sequence[Tensor],
     *,
-    bilateral_weight: Sequence[float] = (3.0, 5.0, 8.0),
-    theta_alpha: Sequence[float] = (30.0, 55.0, 100.0),
-    theta_beta: Sequence[float] = (3.0, 6.0, 12.0),
-    spatial_weight: Sequence[float] = (3.0,),
-    theta_gamma: Sequence[float] = (1.0,),
-    rounds: int = 1,
-    num_iterations: int = 10,
+    bilateral_weight: Sequence[float] = Grid.bilateral_weight,
+    theta_alpha: Sequence[float] = Grid.theta_alpha,
+    theta_beta: Sequence[float] = Grid.theta_beta,
+    spatial_weight: Sequence[float] = Grid.spatial_weight,
+    theta_gamma: Sequence[float] = Grid.theta_gamma,
+    rounds: int = Grid.rounds,
+    num_iterations: int = Grid.num_iterations,
     ignore_index: int = 255,
     method: Method = "auto",
+    table: PathLike | None = None,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Search:
     """Searches the CRF parameters with the highest mean IoU on the given images.
 
-    An axis of one value stays fixed, as DeepLab does with ``spatial_weight`` and ``theta_gamma``. The default ranges
-    are DeepLab's, for images of about 500 pixels; scale ``theta_alpha`` with the size of others.
+    An axis of one value stays fixed, as DeepLab does with ``spatial_weight`` and ``theta_gamma``. Defaults and ranges
+    are those of `Grid`.
 
     Args:
         images: n guides (G, H_n, W_n), 0..255.
@@ -103,24 +220,38 @@ def search(
         num_iterations: of mean field.
         ignore_index: label of the pixels that do not count.
         method: engine of the bilateral filter, see `crfnet.ops.GaussianFilter`.
+        table: a CSV file of all that was tried, rewritten after each group of weights that share their bandwidths.
+            Where it exists, its points are not tried again: a search that was stopped goes on and ends with the table
+            of one that was not, and another grid adds its rows before those that it does not share. Logits must be
+            the same to the last bit: those of a network on another device, say, are others.
         progress: wraps the list of bandwidths of each round, ``tqdm`` for example.
 
     Raises:
-        ValueError: no images, sizes that do not belong together, an empty or non-positive grid.
+        ValueError: no images, sizes that do not belong together, no pixel that counts, an empty or non-positive grid; a
+            ``table`` that is damaged, no such table, or one of other images, logits, labels, ``num_iterations``,
+            ``method`` or ``ignore_index``, which is left as it is.
+        OSError: the disk refuses the table; before anything is tried where its folder is missing.
     """
     axes = [
         tuple(map(float, axis)) for axis in (bilateral_weight, theta_alpha, theta_beta, spatial_weight, theta_gamma)
     ]
     _check(images, logits, labels, axes)
-    if rounds < 0 or num_iterations < 1:
-        raise ValueError(f"rounds must be >= 0 and num_iterations >= 1, got {rounds} and {num_iterations}")
+    whole_number("rounds", rounds, 0)
+    whole_number("num_iterations", num_iterations, 1)
 
     num_classes = logits[0].shape[0]
     plain = ConfusionMatrix(num_classes, ignore_index=ignore_index)
     for scores, truth in zip(logits, labels, strict=True):
         plain.add(scores.argmax(0), truth)
+    if not plain.counts.any():
+        raise ValueError(f"labels must have a pixel that counts, got {ignore_index} (ignore_index) everywhere")
     start = Parameters(*(axis[0] for axis in axes))
-    table = [Trial(replace(start, bilateral_weight=0.0, spatial_weight=0.0), plain.mean_iou, 0)]
+    trials = [Trial(replace(start, bilateral_weight=0.0, spatial_weight=0.0), plain.mean_iou, 0)]
+    store = None
+    if table is not None:
+        store = _Table(table, _fingerprint(images, logits, labels, f"{num_iterations} {method} {ignore_index}"))
+        store.write(trials)
+    known = {} if store is None else store.known
     tried: set[Parameters] = set()
     # the coarse steps as ratios; an axis of one value has none
     ratios = [(max(axis) / min(axis)) ** (1 / (len(axis) - 1)) if len(axis) > 1 else 1.0 for axis in axes]
@@ -132,20 +263,22 @@ def search(
         for point in dict.fromkeys(wanted):
             groups.setdefault((point.theta_alpha, point.theta_beta, point.theta_gamma), []).append(point)
         for points in progress(list(groups.values())):
-            matrices = [ConfusionMatrix(num_classes, ignore_index=ignore_index) for _ in points]
-            for image, scores, truth in zip(images, logits, labels, strict=True):
-                for matrix, called in zip(
-                    matrices, _refine(image, scores, points, num_iterations, method), strict=True
-                ):
+            new = [point for point in points if point not in known]
+            matrices = [ConfusionMatrix(num_classes, ignore_index=ignore_index) for _ in new]
+            for image, scores, truth in zip(images, logits, labels, strict=True) if new else ():
+                for matrix, called in zip(matrices, _refine(image, scores, new, num_iterations, method), strict=True):
                     matrix.add(called, truth)
-            table += [Trial(p, m.mean_iou, number) for p, m in zip(points, matrices, strict=True)]
-        centre = max(table[1:], key=lambda trial: trial.mean_iou).parameters
+            found = known | {point: matrix.mean_iou for point, matrix in zip(new, matrices, strict=True)}
+            trials += [Trial(point, found[point], number) for point in points]
+            if store is not None:
+                store.write(trials)
+        centre = max(trials[1:], key=lambda trial: trial.mean_iou).parameters
         steps = [ratio ** (0.5 ** (number + 1)) for ratio in ratios]
         axes = [
             (value,) if step == 1 else (value / step, value, value * step)
             for value, step in zip(astuple(centre), steps, strict=True)
         ]
-    return Search(max(table, key=lambda trial: trial.mean_iou), table)  # the first of equals: no CRF before any
+    return Search(max(trials, key=lambda trial: trial.mean_iou), trials)  # the first of equals: no CRF before any
 
 
 @torch.no_grad()
@@ -188,6 +321,72 @@ def _alive(q: Tensor) -> Tensor:
     return order[~dropped].sort().values
 
 
+class _Table:
+    """The CSV file of a search: a comment with two checksums, the names of the columns, a row a trial.
+
+    Attributes:
+        known: mean IoU of the points that the file held.
+    """
+
+    TITLE = re.compile(rb"# crfnet\.tuning\.search, data ([0-9a-f]{16}), rows ([0-9a-f]{8})")
+
+    def __init__(self, path: PathLike, data: str) -> None:
+        self.path, self.data = path, data
+        self.held: list[Trial] = []  # without "no CRF", which costs nothing
+        try:
+            with open(path, "rb") as stream:
+                title, _, rows = stream.read().partition(b"\n")
+        except FileNotFoundError:
+            title = rows = b""
+        else:
+            self.held = self._trials(title, rows)[1:]
+        self.known = {trial.parameters: trial.mean_iou for trial in self.held}
+
+    def _trials(self, title: bytes, rows: bytes) -> list[Trial]:
+        found = self.TITLE.fullmatch(title)
+        if found is None:
+            raise ValueError(f"{self.path}: not a table of crfnet.tuning.search; name another file")
+        data, check = (part.decode() for part in found.groups())
+        if check != _checksum(rows):
+            raise ValueError(f"{self.path}: damaged or edited, its rows do not have its checksum; name another file")
+        if data != self.data:
+            settings = "images, logits, labels, num_iterations, method or ignore_index"
+            raise ValueError(f"{self.path}: holds the trials of other {settings}; name another file")
+        try:
+            header, *lines = csv.reader(io.StringIO(rows.decode()))
+            if header != [*NAMES, "mean_iou", "round"]:
+                raise ValueError(f"columns {header}")
+            return [Trial(Parameters(*map(float, line[:5])), float(line[5]), int(line[6])) for line in lines]
+        except (ValueError, IndexError, csv.Error) as error:  # another version's
+            raise ValueError(f"{self.path}: cannot be read: {error}; name another file") from error
+
+    def write(self, trials: Sequence[Trial]) -> None:
+        """The trials so far, then what the file held beyond them."""
+        tried = {trial.parameters for trial in trials}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*NAMES, "mean_iou", "round"])
+        for trial in (*trials, *(trial for trial in self.held if trial.parameters not in tried)):
+            writer.writerow([*map(repr, astuple(trial.parameters)), repr(trial.mean_iou), trial.round])  # exact floats
+        rows = text.getvalue().encode()
+        with atomic_write(self.path) as stream:
+            stream.write(f"# crfnet.tuning.search, data {self.data}, rows {_checksum(rows)}\n".encode() + rows)
+
+
+def _checksum(rows: bytes) -> str:
+    return f"{zlib.crc32(rows):08x}"
+
+
+def _fingerprint(images: Sequence[Tensor], logits: Sequence[Tensor], labels: Sequence[Tensor], settings: str) -> str:
+    """Of all that a score depends on but the parameters, 16 digits; values count, their dtypes and devices do not."""
+    total = hashlib.blake2b(settings.encode(), digest_size=8)
+    for group in zip(images, logits, labels, strict=True):
+        for tensor, dtype in zip(group, (torch.float32, torch.float32, torch.int64), strict=True):
+            total.update(str(tuple(tensor.shape)).encode())
+            total.update(tensor.detach().to("cpu", dtype).contiguous().numpy().data)
+    return total.hexdigest()
+
+
 def _rounded(values: tuple[float, ...]) -> Parameters:
     """Six significant digits, so that a point reached on two ways is one point."""
     return Parameters(*(float(f"{value:.6g}") for value in values))
@@ -206,7 +405,6 @@ def _check(
             raise ValueError(f"image {index}: wanted (G, H, W), (L, H, W) and (H, W), got {shapes}")
         if scores.shape[0] != logits[0].shape[0]:
             raise ValueError(f"image {index} has logits of {scores.shape[0]} labels, image 0 of {logits[0].shape[0]}")
-    names = ("bilateral_weight", "theta_alpha", "theta_beta", "spatial_weight", "theta_gamma")
-    for name, axis in zip(names, axes, strict=True):
-        if not axis or min(axis) <= 0:
-            raise ValueError(f"{name} wants at least one positive value, got {axis}")
+    for name, axis in zip(NAMES, axes, strict=True):
+        if not axis or not all(0 < value < math.inf for value in axis):
+            raise ValueError(f"{name} wants at least one positive value, and no other, got {axis}")
