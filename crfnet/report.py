@@ -1,0 +1,126 @@
+"""What a recipe reports: scores of each stage on one set, trimap curves, who gains and who pays, pictures.
+
+report = Report(Path("runs/x"), val, names=VOC_CLASSES)
+report.add("dcnn", dcnn)                                writes results.json
+report.add("joint", joint)
+report.write()                                          writes report.md, trimap.png and panel.png
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from crfnet.curves import TrimapCurve, trimap_plot
+from crfnet.data import Samples
+from crfnet.images import Uint8, atomic_write, write_image
+from crfnet.metrics import ConfusionMatrix
+from crfnet.panels import comparison_picture
+from crfnet.processes import add_up, rank, world_size
+from crfnet.tables import class_table, gain_table, score_table, trimap_table
+
+TRIMAP = 3  # pixels, the width that results.json has
+SHOWN = (1, 2, 3, 5, 10, 20, 40)  # pixels, in the table
+
+
+class Report:
+    """Scores of several networks on one set of samples, and its files.
+
+    Of several processes every one must make it and call its methods; each predicts its share of the images, and the
+    first writes.
+
+    Args:
+        folder: for the files; made if need be.
+        samples: what is scored, never what anything was chosen on.
+        names: of the classes, their numbers unless given.
+        palette: (256, 3) colours of the labels, VOC's unless given.
+        pictures: images in panel.png, evenly spread over the samples.
+        device: of the networks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        samples: Samples,
+        *,
+        names: Sequence[str] | None = None,
+        palette: Uint8 | None = None,
+        pictures: int = 4,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.folder, self.samples, self.names, self.palette, self.device = folder, samples, names, palette, device
+        count = min(pictures, len(samples))
+        self.shown = [int(index) for index in np.linspace(0, len(samples) - 1, count).round()]
+        self.scores: dict[str, dict[str, float]] = {}
+        self.matrices: dict[str, ConfusionMatrix] = {}
+        self.curves: dict[str, TrimapCurve] = {}
+        self.called: dict[str, dict[int, Uint8]] = {}
+
+    @torch.no_grad()
+    def add(self, row: str, network: nn.Module) -> dict[str, float]:
+        """Scores a network, from images (1, 3, H, W) to logits (1, L, H, W), in evaluation mode; rewrites results.json.
+
+        Returns:
+            mean_iou, pixel_accuracy, mean_accuracy, frequency_weighted_iou, trimap_iou_3px: fractions.
+        """
+        training = network.training
+        network.eval()
+        matrix, curve = ConfusionMatrix(self.samples.num_classes), TrimapCurve(self.samples.num_classes)
+        self.called[row] = {}
+        for index in range(len(self.samples)):
+            if index % world_size() != rank() and (rank() or index not in self.shown):
+                continue
+            image, labels, _ = self.samples[index]
+            called = network(image[None].to(self.device)).argmax(1)[0].cpu()
+            if index in self.shown:
+                self.called[row][index] = called.byte().numpy()
+            if index % world_size() == rank():
+                matrix.add(called, labels)
+                curve.add(called, labels)
+        network.train(training)
+        matrix.counts, curve.counts = (add_up(c.counts.to(self.device)).cpu() for c in (matrix, curve))
+        self.matrices[row], self.curves[row] = matrix, curve
+        narrow = curve.mean_iou()[curve.widths.index(TRIMAP)]
+        self.scores[row] = {**matrix.scores(), f"trimap_iou_{TRIMAP}px": narrow}
+        self._write("results.json", (json.dumps(self.scores, indent=2) + "\n").encode())
+        if not rank():
+            line = ", ".join(f"{name} {100 * value:.2f}" for name, value in self.scores[row].items())
+            print(f"{row}: {line}", flush=True)
+        return self.scores[row]
+
+    def write(self) -> None:
+        """The tables as Markdown, the trimap curves and the pictures."""
+        if rank():
+            return
+        first, *others = self.matrices
+        parts = [score_table(self.matrices, markdown=True), trimap_table(self.curves, SHOWN, markdown=True)]
+        parts.append(f"## {first}\n\n{class_table(self.matrices[first], self.names, markdown=True)}")
+        for row in others:
+            table = gain_table(self.matrices[first], self.matrices[row], self.names, markdown=True)
+            parts.append(f"## {row} against {first}\n\n{table}")
+        self._write("report.md", ("\n\n".join(parts) + "\n").encode())
+        write_image(self.folder / "trimap.png", trimap_plot(self.curves))
+        write_image(self.folder / "panel.png", self._panel())
+
+    def _panel(self) -> Uint8:
+        """The pictures below each other, (H, W, 3)."""
+        rows = []
+        for index in self.shown:
+            image, labels, _ = self.samples[index]
+            photo = image.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+            called = {row: maps[index] for row, maps in self.called.items()}
+            rows.append(comparison_picture(labels.byte().numpy(), called, photo=photo, palette=self.palette))
+        width = max(row.shape[1] for row in rows)
+        framed = [np.pad(row, ((0, 16), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+        return np.concatenate(framed)[:-16]
+
+    def _write(self, name: str, content: Any) -> None:
+        if rank():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / name) as stream:
+            stream.write(content)
