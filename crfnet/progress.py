@@ -5,10 +5,10 @@ from typing import Any
 
 
 def bar(title: str) -> Callable[..., Iterator[Any]]:
-    """A function that puts steps behind a bar of this title: ``for step in bar("search")(steps): ...``.
+    """Puts steps behind a bar of this title, as in ``for step in bar("search")(steps): ...``.
 
-    It takes the steps, and their number where they have no length. Without tqdm, or where the output is a file, the
-    steps come without a bar.
+    The function takes the steps, and their number where they have no length. Without tqdm, or where the output is a
+    file, the steps come without a bar.
     """
 
     def behind(steps: Iterable[Any], total: int | None = None) -> Iterator[Any]:

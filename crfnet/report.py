@@ -61,20 +61,32 @@ class Report:
         self.called: dict[str, dict[int, Uint8]] = {}
 
     @torch.no_grad()
-    def add(self, row: str, network: nn.Module) -> dict[str, float]:
-        """Scores a network, from images (1, 3, H, W) to logits (1, L, H, W), in evaluation mode; rewrites results.json.
+    def add(self, row: str, network: nn.Module, samples: Samples | None = None) -> dict[str, float]:
+        """Scores a network, from images (1, G, H, W) to logits (1, L, H, W), in evaluation mode; rewrites results.json.
+
+        Args:
+            row: its name in all files.
+            network: on the device of the report.
+            samples: the same ones read otherwise, for a network that takes other channels.
 
         Returns:
             mean_iou, pixel_accuracy, mean_accuracy, frequency_weighted_iou, trimap_iou_3px: fractions.
+
+        Raises:
+            ValueError: other samples than those of the report.
         """
+        samples = self.samples if samples is None else samples
+        if len(samples) != len(self.samples) or samples.num_classes != self.samples.num_classes:
+            got = f"{len(samples)} of {samples.num_classes} classes"
+            raise ValueError(f"samples must be those of the report, {len(self.samples)}, read otherwise, got {got}")
         training = network.training
         network.eval()
         matrix, curve = ConfusionMatrix(self.samples.num_classes), TrimapCurve(self.samples.num_classes)
         self.called[row] = {}
-        for index in range(len(self.samples)):
+        for index in range(len(samples)):
             if index % world_size() != rank() and (rank() or index not in self.shown):
                 continue
-            image, labels, _ = self.samples[index]
+            image, labels, _ = samples[index]
             called = network(image[None].to(self.device)).argmax(1)[0].cpu()
             if index in self.shown:
                 self.called[row][index] = called.byte().numpy()

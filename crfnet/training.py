@@ -193,7 +193,7 @@ def train(
     model: nn.Module = network
     if world_size() > 1:
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    batches = iter(_loader(samples, settings, start))
+    batches = iter(_loader(samples, settings, start, pin=device.type == "cuda"))
     began = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
     iterations = iter(range(start, settings.iterations))
 
@@ -269,11 +269,11 @@ def _step(
     return total
 
 
-def _loader(samples: Samples, settings: Settings, start: int) -> DataLoader[Any]:
+def _loader(samples: Samples, settings: Settings, start: int, *, pin: bool) -> DataLoader[Any]:
     first, last = (n * settings.accumulate for n in (start, settings.iterations))
     order = Order(len(samples), settings.batch_size, seed=settings.seed, start=first, stop=last)
     own = torch.Generator().manual_seed(settings.seed)  # or the loader would draw from the generator of dropout
-    return DataLoader(samples, batch_sampler=order, num_workers=settings.workers, generator=own)
+    return DataLoader(samples, batch_sampler=order, num_workers=settings.workers, generator=own, pin_memory=pin)
 
 
 def _train_mode(network: nn.Module, settings: Settings) -> None:

@@ -1,12 +1,10 @@
-"""Scores and pictures of a set, with predictors whose scores are known."""
+"""Scores of a set, with predictors whose scores are known."""
 
-import numpy as np
 import pytest
 import torch
 
 from crfnet.data import Samples, voc_files, write_voc
-from crfnet.evaluation import comparison, evaluate
-from crfnet.images import voc_palette
+from crfnet.evaluation import evaluate
 from crfnet.metrics import ConfusionMatrix, trimap_band
 
 
@@ -44,16 +42,3 @@ def test_the_truth_scores_one_and_background_what_it_covers(samples):
         "trimap_iou_2px": band.mean_iou,
     }
     assert 0 < scores["mean_iou"] < 0.5
-
-
-def test_comparison_shows_image_truth_and_labels_side_by_side(samples):
-    picture = comparison(samples, [background], count=2)
-    # rows of 32 pixels magnified 6 times; three columns of 40 pixels, 8 apart before magnifying
-    assert picture.shape == (2 * 192 + 8, 6 * (3 * 40 + 2 * 8), 3)
-    image, labels, _ = samples[0]
-    row = picture[:192:6, ::6]
-    assert np.array_equal(row[:, :40], image.permute(1, 2, 0).byte().numpy())
-    assert np.array_equal(row[:, 48:88], voc_palette()[labels.numpy()])
-    assert not row[:, 96:].any()  # class 0 is black
-    with torch.no_grad():
-        assert comparison(samples, [], count=9).shape[0] == 5 * 192 + 4 * 8

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crfnet.curves import trimap_curve
 from crfnet.data import Samples
+from crfnet.data.samples import read_rgb
 from crfnet.evaluation import evaluate
 from crfnet.piecewise import fit
 from crfnet.report import Report
@@ -55,6 +56,16 @@ def test_scores_are_those_of_evaluate_and_of_the_trimap_curve(samples, tmp_path)
     report.add("shifted", Threshold(shift=4))
     assert json.loads((tmp_path / "new" / "results.json").read_text()) == report.scores
     assert report.scores["shifted"]["mean_iou"] < report.scores["plain"]["mean_iou"]
+
+
+def test_the_same_samples_read_otherwise_or_none(samples, tmp_path):
+    report = Report(tmp_path, samples)
+    brighter = Samples(samples.files, 2, read_image=lambda path: read_rgb(path) // 2 + 100)
+    changed = report.add("brighter", Threshold(), brighter)
+    assert changed["pixel_accuracy"] == evaluate(Threshold(), brighter)["pixel_accuracy"]
+    assert changed["mean_iou"] != report.add("plain", Threshold())["mean_iou"]
+    with pytest.raises(ValueError, match="must be those of the report, 5, read otherwise, got 4 of 2 classes"):
+        report.add("fewer", Threshold(), Samples(samples.files[:4], 2))
 
 
 def test_files_name_the_classes_and_show_evenly_spread_images(samples, tmp_path):
