@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
-.PHONY: setup demo test test-gpu check bench clean
+.PHONY: setup demo test test-gpu test-builds check bench clean
 
 setup: $(READY)
 
@@ -26,11 +26,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(RUN) recipes/voc_deeplab.py
 
+# a process for each core, up to eight; --dist worksteal hands out neighbours together, which share what fixtures made
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
+
+# all builds of all kernels, of which tests/test_gpu_builds.py tries the extremes; about ten minutes on two cores
+test-builds: $(READY)
+	$(RUN) -m crfnet doctor --compile
 
 check: $(READY)
 	$(RUN) -m ruff format --check .

@@ -20,7 +20,10 @@ settings.load_profile("crfnet")
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # reading torch.empty gives NaN, not luck
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+# Two threads, or where pytest-xdist has started several processes no more than there are cores for each.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = min(2, max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -501,12 +501,14 @@ def test_ctrl_c_stops_workers_and_leaves_whole_files(scene):
     for n in range(400):  # far more than are done before the interrupt
         for kind in ("photos", "labels"):
             os.link(f"{kind}/a.png", f"{kind}/n{n:03}.png")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and theirs
     process = command("refine", "photos", "--labels", "labels", "-o", "out", "--workers", "2", folder=scene)
-    deadline = time.monotonic() + 60
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 600
     while not written(scene) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and "interrupted; files already written are whole" in errors
     assert 0 < len(written(scene)) < 400
@@ -520,8 +522,8 @@ def test_ctrl_c_stops_workers_and_leaves_whole_files(scene):
 def test_version_and_status_of_the_real_process(scene):
     version = command("--version", folder=scene)
     bad = command(*with_labels("--workers", "0"), folder=scene)
-    assert version.communicate(timeout=60)[0] == f"crfnet {crfnet.__version__}\n" and version.returncode == 0
-    assert "must be at least 1" in bad.communicate(timeout=60)[1] and bad.returncode == 2
+    assert version.communicate(timeout=600)[0] == f"crfnet {crfnet.__version__}\n" and version.returncode == 0
+    assert "must be at least 1" in bad.communicate(timeout=600)[1] and bad.returncode == 2
 
 
 def test_doctor_finds_nothing_wrong(capsys):
@@ -542,7 +544,7 @@ def test_doctor_finds_nothing_wrong(capsys):
 def test_a_reader_that_goes_away_is_no_traceback(scene, argv):
     process = command(*argv, folder=scene)
     process.stdout.close()  # long before anything is printed
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+    assert process.stderr.read() == "" and process.wait(timeout=600) == 141
     process.stderr.close()
 
 

@@ -711,9 +711,9 @@ def test_no_random_numbers_and_no_state():
 
 
 def test_energy_is_that_of_every_labelling_counted_pair_by_pair():
-    C, S = 3, (2, 3)
+    C, S, N = 3, (2, 2), 4
     logits, image = draw(S, B=1, C=C)
-    labelings = torch.tensor(list(itertools.product(range(C), repeat=6))).view(-1, *S)
+    labelings = torch.tensor(list(itertools.product(range(C), repeat=N))).view(-1, *S)
     B = len(labelings)
     for weights, compatibility, remove_self in itertools.product(
         ["scalar", "per_class", "full"], ["potts", "per_class", "full"], [False, True]
@@ -729,14 +729,14 @@ def test_energy_is_that_of_every_labelling_counted_pair_by_pair():
         )
         got = crf.energy(labelings, logits.expand(B, -1, -1, -1), image.expand(B, -1, -1, -1))
         x = labelings.flatten(1)
-        expected = -torch.stack([logits[0].flatten(1)[x[:, i], i] for i in range(6)]).sum(0)
+        expected = -torch.stack([logits[0].flatten(1)[x[:, i], i] for i in range(N)]).sum(0)
         mu = crf.compatibility.detach()
         for kernel in crf.kernels.values():
-            K = kernel_matrix(crf, kernel, S, {"image": image[0]}, torch.arange(6))
+            K = kernel_matrix(crf, kernel, S, {"image": image[0]}, torch.arange(N))
             W = kernel.weights()
             cost = (mu @ (W if W.ndim == 2 else torch.diag(W.expand(C)))).detach()
             cost = (cost + cost.T) / 2  # an asymmetric cost is that of the pair in both orders, halved
-            for i, j in itertools.combinations(range(6), 2):
+            for i, j in itertools.combinations(range(N), 2):
                 expected = expected + cost[x[:, i], x[:, j]] * K[i, j]
             if not remove_self:  # as in inference, half a pair with itself
                 expected = expected + 0.5 * cost[x, x].sum(1)

@@ -61,7 +61,7 @@ def rounded(x: Tensor, bits: int = 10) -> Tensor:
         ([63, 65], 2, 3, 1.0),
         ([64], 3, 21, 3.0),
         ([130, 0, 1, 64, 66], 5, 40, 1.0),
-        ([130], 16, 21, 0.3),
+        ([70], 16, 21, 0.3),
         ([65], 4, 300, 1.0),
     ],
 )
@@ -88,9 +88,9 @@ def test_values_and_gradients_are_the_definitions(counts, D, C, scale):
 @pytest.mark.parametrize("kind", ["clusters", "outliers", "far", "piles"])
 @pytest.mark.parametrize(("tolerance", "precision"), [(1e-6, "float32"), (3e-4, "tf32"), (0.3, "fp16")])
 def test_the_bound_holds(kind, tolerance, precision):
-    counts = [200, 130]
+    counts = [200, 130] if kind in ("clusters", "piles") else [130, 65]  # of the others every pair is kept anyway
     features = torch.cat([cloud(kind, n, 3) for n in counts])
-    values = draw(330, 1, 3)[1]
+    values = draw(sum(counts), 1, 3)[1]
     values[:, 0] = 1  # the worst case: all that is left out adds up
     values[77] *= 1e3
     engine = TritonExactEngine(features, counts, tolerance, precision)
@@ -134,9 +134,9 @@ def test_what_is_left_out_stays_below_the_tolerance(tolerance):
 
 
 def test_a_looser_tolerance_computes_less():
-    features = 6 * draw(600, 2, 1)[0]
-    fractions = [TritonExactEngine(features, [600], tolerance).kept_fraction for tolerance in (0.0, 1e-4, 0.3)]
-    assert fractions == sorted(fractions, reverse=True) and fractions[2] < fractions[0]
+    features = 6 * draw(384, 2, 1)[0]
+    fractions = [TritonExactEngine(features, [384], tolerance).kept_fraction for tolerance in (0.0, 1e-4, 0.3)]
+    assert fractions[2] < fractions[1] < fractions[0]
 
 
 def test_row_sums_are_bounded_from_below(monkeypatch):
@@ -351,11 +351,11 @@ def test_what_ships_covers_what_is_launched():
 @pytest.mark.parametrize("D", [1, 5, 6, 10, 11])
 def test_split_features_give_distances_as_differences_do(D):
     """Colours of 0..255 at a bandwidth of 3, in tiles of a few bandwidths: |f|² in float32 would be off by 10^-3."""
-    features = (85.0 + draw(300, D, 1, scale=1.5 / math.sqrt(D))[0]).contiguous()
-    ones = torch.ones(300, 1, device=device)  # K itself is rounded to 10 bits, up and down, which a sum levels out
-    engine = TritonExactEngine(features, [300], 1e-7, "fp16")
+    features = (85.0 + draw(190, D, 1, scale=1.5 / math.sqrt(D))[0]).contiguous()
+    ones = torch.ones(190, 1, device=device)  # K itself is rounded to 10 bits, up and down, which a sum levels out
+    engine = TritonExactEngine(features, [190], 1e-7, "fp16")
     assert bool((engine._near > 0).all())
-    truth = filtered(features, ones, [300])
+    truth = filtered(features, ones, [190])
     assert ((engine.apply(ones) - truth).abs() / truth).max() < 2**-12
 
 

@@ -102,10 +102,19 @@ def everything(function, values, theta, dtype):
     return [out.detach(), *torch.autograd.grad((out * draw(*out.shape, seed=9).to(dtype)).sum(), (values, theta))]
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize(("masked", "remove_self"), [(False, False), (True, False), (False, True), (True, True)])
+MASK_AND_SELF = [(False, False), (True, False), (False, True), (True, True)]
+ALL_FORMS = [(*pair, normalization) for pair in MASK_AND_SELF for normalization in NORMALIZATIONS]
+EACH_FORM = [(*pair, normalization) for pair, normalization in zip(MASK_AND_SELF, NORMALIZATIONS, strict=True)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "theta"), [((70,), [2.0]), ((5, 9), [1.3, 2.6]), ((2, 65), [0.9, 3.0]), ((3, 4, 2), [1.0, 2.0, 0.8])]
+    ("shape", "theta", "masked", "remove_self", "normalization"),
+    [
+        *(((5, 9), [1.3, 2.6], *form) for form in ALL_FORMS),
+        *(((70,), [2.0], *form) for form in EACH_FORM),
+        *(((2, 65), [0.9, 3.0], *form) for form in EACH_FORM),
+        *(((3, 4, 2), [1.0, 2.0, 0.8], *form) for form in EACH_FORM),
+    ],
 )
 def test_filter_and_all_gradients(shape, theta, masked, remove_self, normalization):
     values = draw(2, math.prod(shape), 2)

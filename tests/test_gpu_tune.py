@@ -1,7 +1,7 @@
 """Autotuning, with a device and a clock made up: what each candidate would take is said by the test."""
 
 import json
-import timeit
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -155,18 +155,18 @@ def test_when_it_must_not_choose(monkeypatch):
     assert tune._busy()
 
 
-def test_asking_costs_next_to_nothing_when_off(machine):
-    tensor, many = torch.empty(0), 10_000
-    seconds = min(
-        timeit.repeat(lambda: tune.pick("f", (5, 21), CANDIDATES, machine.run, tensor), number=many, repeat=5)
-    )
-    assert seconds / many < 5e-6  # it takes a tenth of a microsecond; a launch takes ten
+def test_when_off_nothing_is_asked(machine, monkeypatch):
+    """Neither the tensor nor the device nor the file: every launch of a kernel passes here."""
+    for name in ("_may_choose", "_device", "_known", "_busy", "_fastest", "_write"):
+        monkeypatch.setattr(tune, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    assert choose(machine) == CANDIDATES[0] and machine.runs == []
 
 
 @pytest.mark.gpu
 def test_the_clock_of_a_device(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     x = torch.randn(1024, 1024, device="cuda")
-    times = [tune._seconds(lambda config: [x @ x for _ in range(config["n"])], {"n": n}) for n in (1, 1, 16)]
-    assert 0 < 4 * times[1] < times[2] < 1.0
+    begun = time.perf_counter()
+    times = [tune._seconds(lambda config: [x @ x for _ in range(config["n"])], {"n": n}) for n in (1, 1, 256)]
+    assert 0 < times[1] < times[2] < time.perf_counter() - begun  # more work is more seconds, and no other unit
     assert tune._device(x).startswith(torch.cuda.get_device_name())

@@ -18,7 +18,7 @@ def dry_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
     options = ("--device=cpu", "--size=1", "--repeats=2", "--threads=1", "--channels-last", "--autocast=bfloat16")
     command = [sys.executable, str(SCRIPT), *options, f"--out={out}", "--only", "DeepLabV1-4x4", "DeepLabV1-largefov"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert [path.name for path in out.parent.iterdir()] == [out.name], done.stdout + done.stderr
     return done, json.loads(out.read_text())
 

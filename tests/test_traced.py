@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from crfnet import DenseCRF, Kernel
-from crfnet.ops import GridFilter, gaussian_filter, traced
+from crfnet.ops import NORMALIZATIONS, GridFilter, gaussian_filter, traced
 
 METHODS = ["exact", "lattice"]
+# every normalisation with a mask or without one, "after" with and without
+MASKED = [*((name, name in ("none", "symmetric")) for name in NORMALIZATIONS), ("after", True)]
+# A graph has every iteration written out, and takes as much longer to compile: two have all that more would have.
+FEW = {"num_iterations": 2, "num_iterations_eval": 2}
 # Autograd through a compiled operation inspects inputs of the compiled function; torch 2.13 warns of its own inner use.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
@@ -53,8 +57,7 @@ def test_operations_are_registered_properly(method, masked):
     torch.library.opcheck(traced.feature_gradient, (plan, features, values, values + 1, mask, method, "tf32"))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("normalization", ["none", "after", "symmetric", "before"])
+@pytest.mark.parametrize(("normalization", "masked"), MASKED)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_filter_is_the_eager_one(method, normalization, masked):
     features, values, mask = draw()
@@ -74,7 +77,7 @@ def test_a_compiled_filter_without_its_self_messages():
     )
 
 
-@pytest.mark.parametrize("normalization", ["none", "after", "symmetric", "before"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_a_compiled_grid_filter_is_the_eager_one(normalization):
     values, theta = torch.rand(2, 20, 3), torch.tensor([1.5, 0.7])
     agree(lambda v, theta: GridFilter((4, 5), theta, normalization=normalization)(v), values, theta)
@@ -107,7 +110,7 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_compiled_crf_is_the_eager_one(name, training):
     logits, image = scene()
-    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, num_iterations=3, **CONFIGURATIONS[name]).train(training)
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, **FEW, **CONFIGURATIONS[name]).train(training)
     logits.requires_grad_(training)
     parameters = list(crf.parameters())
     out = crf(logits, image)
@@ -124,21 +127,21 @@ def test_a_compiled_crf_with_a_mask():
     logits, image = scene()
     mask = torch.rand(2, 9, 11, generator=torch.Generator().manual_seed(3)) > 0.4
     image = image.masked_fill(~mask.unsqueeze(1), float("nan"))
-    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0).eval()
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, **FEW).eval()
     out = torch.compile(crf, fullgraph=True, backend="aot_eager")(logits, image, mask)
     torch.testing.assert_close(out.softmax(1), crf(logits, image, mask).softmax(1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_crf_still_refuses_infinite_features():
     logits, image = scene()
-    crf = torch.compile(DenseCRF(4).eval(), fullgraph=True, backend="aot_eager")
+    crf = torch.compile(DenseCRF(4, **FEW).eval(), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="features must be finite"):
         crf(logits, image.fill_(float("nan")))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, there is no g++")
 def test_the_default_compiler_takes_the_layer_for_any_size():
-    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, num_iterations_eval=2).eval()
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, **FEW).eval()
     compiled = torch.compile(crf, fullgraph=True, dynamic=True)
     for shape in ((9, 11), (12, 7)):
         logits, image = scene(1, 4, *shape)
@@ -150,7 +153,7 @@ def test_the_default_compiler_takes_the_layer_for_any_size():
 @pytest.mark.parametrize("engine", METHODS)
 def test_an_exported_crf_takes_other_sizes(engine):
     logits, image = scene()
-    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine).eval()
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine, **FEW).eval()
     sizes = {0: torch.export.Dim("B"), 2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
     loaded = torch.export.export(crf, (logits, image), dynamic_shapes=(sizes, sizes)).module()
     for shape in ((1, 7, 12), (3, 10, 5)):
@@ -178,7 +181,7 @@ class Filter(torch.nn.Module):
 @pytest.mark.parametrize("engine", METHODS)
 def test_an_exported_crf_runs_alone(engine, tmp_path):
     logits, image = scene()
-    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine).eval()
+    crf = DenseCRF(4, theta_alpha=5.0, theta_beta=30.0, engine=engine, **FEW).eval()
     program = torch.export.export(crf, (logits, image))
     torch.export.save(program, tmp_path / "crf.pt2")
     loaded = torch.export.load(tmp_path / "crf.pt2").module()

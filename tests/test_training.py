@@ -213,7 +213,7 @@ def test_a_run_that_is_killed_loses_an_interval_at_most_and_ends_with_the_same_b
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, 0.02))
             life.kill()
-        life.join(60)
+        life.join(600)
         assert not life.is_alive()
         # all checkpoints on disk are whole (a warning would be an error), and the newest is of the last interval
         saved = checkpoints.newest(tmp_path)
@@ -474,7 +474,7 @@ def found(root, uneven, server, tmp_path_factory) -> list[dict]:
     for life in lives:
         life.start()
     for life in lives:
-        life.join(120)
+        life.join(600)
         life.kill()  # or one that waits for another would stay
     assert [life.exitcode for life in lives] == [0, 0]
     return [torch.load(folder / f"found-{number}", weights_only=True) for number in range(2)]
