@@ -7,6 +7,7 @@ Several processes, or several scales, each know a part of that sum and of M: hen
 | `full_resolution` | the image's | labelled pixels | |
 | `full_resolution` of ``normalize=False`` | the image's | images | FCN's and CRF-RNN's released nets |
 | `at_scores` | the scores', 1/8 | labelled pixels | DeepLab |
+| `multi_scale` | 1/8 of three losses, 1/16 of one | labelled pixels, each its own | DeepLab v2's three scales |
 | `through_crf` | the image's | labelled pixels, or images | CRF-RNN; padding is no part of the CRF |
 """
 
@@ -63,6 +64,14 @@ def at_scores(network: nn.Module, batch: Sequence[Tensor]) -> list[Part]:
     image, labels, *_ = batch
     inner: Any = getattr(network, "module", network)  # of DistributedDataParallel
     return [cross_entropy_part(network(image, upsample=False), inner.subsample(labels))]
+
+
+def multi_scale(network: nn.Module, batch: Sequence[Tensor]) -> list[Part]:
+    """The four of `crfnet.models.MultiScale`, of images with 32 k + 1 pixels an axis; see its `multi_scale_loss`."""
+    from crfnet.models.multi_scale import multi_scale_parts  # which imports this file
+
+    image, labels, *_ = batch
+    return multi_scale_parts(network(image, upsample=False), labels)
 
 
 def through_crf(network: nn.Module, batch: Sequence[Tensor], *, normalize: bool = True) -> list[Part]:

@@ -3,6 +3,7 @@
 | parameters                  | learning rate | weight decay | source                                         |
 | weights                     | 1             | 1            |                                                |
 | biases                      | 2             | 0            | every Caffe prototxt (lr_mult 2, decay_mult 0) |
+| biases of deconvolutions    | 1             | 0            | CRF-RNN's score2, which alone has one          |
 | weights of the score layers | 10            | 1            | DeepLab v1 and v2; 1 in FCN                    |
 | biases of the score layers  | 20            | 0            | likewise; 2 in FCN                             |
 | batch norm, where it learns | 1             | 0            |                                                |
@@ -44,7 +45,7 @@ def parameter_groups(
         network: of `crfnet.models`, or any other; score layers are those of its names, and ASPP's branches.
         learning_rate: of the trunk's weights.
         weight_decay: of weights; biases, batch norm and the CRF have none.
-        bias_factor: of biases, against their weights.
+        bias_factor: of biases, against their weights; those of deconvolutions learn as these do.
         head_factor: of score layers, against the trunk.
         crf_weights: learning rate of kernel weights; as the trunk's where it is None, and so the next two.
         crf_compatibility: learning rate of the compatibilities.
@@ -68,7 +69,8 @@ def parameter_groups(
         else:
             rate *= head_factor if kind == "head" else 1.0
             if name == "bias" and kind != "norm":
-                rate, decay, kind = rate * bias_factor, 0.0, f"{kind} biases"
+                rate *= bias_factor if kind != "deconvolution" else 1.0
+                decay, kind = 0.0, f"{kind} biases"
             decay = 0.0 if kind == "norm" else decay
         group = groups.setdefault(kind, {"name": kind, "params": [], "lr": float(rate), "weight_decay": float(decay)})
         group["params"].append(parameter)
@@ -78,13 +80,15 @@ def parameter_groups(
 
 
 def _parameters(network: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Kind (trunk, head, norm, crf), name within its module, and the parameter."""
+    """Kind (trunk, deconvolution, head, norm, crf), name within its module, and the parameter."""
     in_crf = {id(p) for module in network.modules() if isinstance(module, DenseCRF) for p in module.parameters()}
     branches = {id(branch) for module in network.modules() if isinstance(module, ASPP) for branch in module.branches}
     for path, module in network.named_modules():
         kind = "trunk"
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm):
             kind = "norm"
+        elif isinstance(module, nn.ConvTranspose2d):
+            kind = "deconvolution"
         elif path.rsplit(".", 1)[-1] in SCORES or (id(module) in branches and isinstance(module, nn.Conv2d)):
             kind = "head"
         for name, parameter in module.named_parameters(recurse=False):

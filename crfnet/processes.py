@@ -1,8 +1,54 @@
-"""The processes of torchrun: which one this is, how many there are, and what all of them have, added or listed."""
+"""The processes of torchrun: how they meet, which one this is, how many there are, and what all have, added or listed.
 
+A script that begins with ``device = start("cuda")`` runs alone, and on several GPUs under
+``torchrun --nproc-per-node 8 script.py``.
+"""
+
+import atexit
+import os
+from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
+
+PATIENCE = timedelta(days=2)  # the others wait while the first searches or writes; of one that dies torchrun ends all
+
+
+def start(device: str | torch.device) -> torch.device:
+    """Joins the processes of torchrun, if it started this one, and returns the device to work on.
+
+    "cuda" is then the GPU of this process's number on its machine, and the backend NCCL, otherwise gloo. Without
+    torchrun, which sets WORLD_SIZE and more, nothing is done.
+
+    Raises:
+        ValueError: there is no such device, or the variables of torchrun are not all set.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of torch's, got {device!r}: {error}") from None
+    several = "WORLD_SIZE" in os.environ and distributed.is_available()
+    if device.type == "cuda":
+        number = device.index or 0
+        if several:
+            number = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", number)
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device must be there, got {device} of {torch.cuda.device_count()} GPUs that torch sees")
+        torch.cuda.set_device(device)
+    if several and not distributed.is_initialized():
+        on_gpu = device.type == "cuda"
+        distributed.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=PATIENCE, device_id=device if on_gpu else None
+        )
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def rank() -> int:

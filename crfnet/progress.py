@@ -5,8 +5,9 @@ from typing import Any
 
 
 def bar(title: str) -> Callable[..., Iterator[Any]]:
-    """Puts steps behind a bar of this title, as in ``for step in bar("search")(steps): ...``.
+    """Puts steps behind a bar of this title.
 
+    ``for step in bar("search")(steps)``:
     The function takes the steps, and their number where they have no length. Without tqdm, or where the output is a
     file, the steps come without a bar.
     """

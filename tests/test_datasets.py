@@ -541,6 +541,34 @@ def test_seg11valid_leaves_out_what_sbd_trains_on(tmp_path, voc_and_sbd):
     assert [image.stem for image, _ in files] == ["f"]
 
 
+def test_crfrnn_trains_on_all_of_both_and_validates_on_what_sbd_lacks(voc_and_sbd, monkeypatch):
+    folder, benchmark = voc_and_sbd
+    for index, name in enumerate("acdef"):
+        picture(benchmark / "img" / f"{name}.jpg", index)
+    picture(folder / "JPEGImages" / "f.jpg")
+    images.write_labels(folder / "SegmentationClass" / "f.png", grid(0, 1, 255))
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("c\nf\n")
+    with pytest.warns(
+        UserWarning, match="CRF-RNN's train has 5 images here; it has 11,685 where VOC and SBD are whole"
+    ):
+        train = data.crfrnn_files(folder, benchmark, "train")
+    with pytest.warns(UserWarning, match="CRF-RNN's val has 1 images here; it has 346 where") as said:
+        val = data.crfrnn_files(folder.parent, benchmark.parent, "val")
+    assert said[0].filename == __file__
+    assert [label.name for _, label in train] == ["a.png", "b.png", "c.mat", "d.mat", "e.mat"]
+    assert [label for _, label in val] == [folder / "SegmentationClass" / "f.png"]
+    monkeypatch.setattr("crfnet.data.sbd.COUNTS", {"CRF-RNN's train": 5, "CRF-RNN's val": 1})
+    assert data.crfrnn_files(folder, benchmark, "train") == train
+    found = [set(labels.unique().tolist()) for _, labels, _ in Samples(train, 21, read_labels=data.voc_or_sbd_labels)]
+    assert found == [{0, 1, 255}] * 2 + [{0, 2}] * 3
+    with pytest.raises(ValueError, match="split must be 'train' or 'val', got 'test'"):
+        data.crfrnn_files(folder, benchmark, "test")
+    (benchmark / "img" / "e.jpg").unlink()
+    for split in ("train", "val"):
+        with pytest.raises(FileNotFoundError, match=r"val\.txt, line 1 names 'e', but its image .*e\.jpg is missing"):
+            data.crfrnn_files(folder, benchmark, split)
+
+
 @pytest.mark.parametrize("nested", ["struct", "cell", "cell of cells"])
 def test_sbd_structures_however_nested(tmp_path, nested):
     inner: object = {"Segmentation": grid(0, 5)}

@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crfnet import DenseCRF
-from crfnet.losses import at_scores, cross_entropy, cross_entropy_part, full_resolution, through_crf
-from crfnet.models import DeepLabV1, DeepLabV1MSc, DeepLabV2VGG, WithCRF, multi_scale_loss, multi_scale_parts
+from crfnet.losses import at_scores, cross_entropy, cross_entropy_part, full_resolution, multi_scale, through_crf
+from crfnet.models import (
+    DeepLabV1,
+    DeepLabV1MSc,
+    DeepLabV2VGG,
+    MultiScale,
+    WithCRF,
+    multi_scale_loss,
+    multi_scale_parts,
+)
 from crfnet.models.multi_scale import Scores
 
 
@@ -132,3 +140,17 @@ def test_three_scales_add_four_means():
         assert value.item() == pytest.approx(total, rel=1e-5) and divisor == count
     mean = sum(total / count for total, count in wanted)
     assert multi_scale_loss(scores, labels).item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_three_scales_of_a_network_and_its_batch():
+    network = MultiScale(make(partial(DeepLabV2VGG, 3, head="largefov"))).eval()
+    image = 255 * torch.rand(2, 3, 33, 65, generator=torch.Generator().manual_seed(3))
+    _, labels = draw(2, 3, 33, 65)
+    with torch.no_grad():
+        scores = network(image, upsample=False)
+        parts = multi_scale(network, (image, labels, labels != 255))
+    for (value, divisor), part, stride in zip(parts, scores, (8, 8, 8, 16), strict=True):
+        total, count = plain(part, labels[:, ::stride, ::stride])
+        assert value.item() == pytest.approx(total, rel=1e-5) and divisor == count
+    with pytest.raises(ValueError, match=r"labels must have 32 k \+ 1 pixels an axis"):
+        multi_scale(network, (image[..., :41], labels[..., :41]))

@@ -194,10 +194,13 @@ def test_crf_rnn_learns_weights_ten_thousand_and_compatibilities_a_thousand_time
         "crf.kernels.bilateral.weight": (1e4, 0),
         "crf.compatibility_matrix": (1e3, 0),
     }
-    assert {"network.head.upscore2.weight", "network.head.upscore2.bias", "network.head.upscore_pool4.weight"} <= set(
-        rates
-    )
-    assert rates["network.head.score_fr.weight"] == (1, DECAY)
+    learnt = {name: rate for name, rate in rates.items() if "upscore" in name}
+    assert learnt == {  # the prototxt has rate 1 for its one bias as well
+        "network.head.upscore2.weight": (1, DECAY),
+        "network.head.upscore2.bias": (1, 0),
+        "network.head.upscore_pool4.weight": (1, DECAY),
+    }
+    assert (rates["network.head.score_fr.weight"], rates["network.head.score_fr.bias"]) == ((1, DECAY), (2, 0))
 
 
 def test_a_crf_of_other_forms_has_its_groups_as_well():

@@ -4,6 +4,7 @@
 | --- | --- | --- | --- |
 | PASCAL VOC 2012, train_aug | ``voc_files`` | the default | 21 |
 | SBD | ``sbd_files`` | ``sbd_labels`` | 21 |
+| VOC 2012 with SBD, CRF-RNN's | ``crfrnn_files`` | ``voc_or_sbd_labels`` | 21 |
 | PASCAL-Context | ``pascal_context_files`` | ``pascal_context_labels`` | 60 |
 | PASCAL-Person-Part | ``person_part_files`` | ``person_part_labels`` | 7 |
 | Cityscapes | ``cityscapes_files`` | ``cityscapes_labels`` | 19 |
@@ -23,6 +24,7 @@ from crfnet.data.camvid import (
 )
 from crfnet.data.cityscapes import (
     CITYSCAPES_CLASSES,
+    CITYSCAPES_PALETTE,
     cityscapes_files,
     cityscapes_images,
     cityscapes_labels,
@@ -38,18 +40,26 @@ from crfnet.data.person_part import (
     write_person_part_lists,
 )
 from crfnet.data.samples import DEEPLAB_SCALES, VOID, Crop, Samples, image_sizes, read_sample
-from crfnet.data.sbd import sbd_files, sbd_labels, seg11valid_files, write_train_aug
+from crfnet.data.sbd import (
+    crfrnn_files,
+    sbd_files,
+    sbd_labels,
+    seg11valid_files,
+    voc_or_sbd_labels,
+    write_train_aug,
+)
 from crfnet.data.siftflow import SIFTFLOW_CLASSES, SIFTFLOW_GEOMETRIC, siftflow_files, siftflow_labels
 from crfnet.data.synthetic import write_voc
 from crfnet.data.voc import VOC_CLASSES, voc_files, voc_images, write_voc_results
 
 __all__ = [
-    "CAMVID_CLASSES", "CAMVID_PALETTE", "CAMVID_WEIGHTS", "CITYSCAPES_CLASSES", "DEEPLAB_SCALES", "NYUD_CLASSES",
+    "CAMVID_CLASSES", "CAMVID_PALETTE", "CAMVID_WEIGHTS", "CITYSCAPES_CLASSES", "CITYSCAPES_PALETTE",
+    "DEEPLAB_SCALES", "NYUD_CLASSES",
     "PASCAL_CONTEXT_CLASSES", "PERSON_PART_CLASSES", "SIFTFLOW_CLASSES", "SIFTFLOW_GEOMETRIC", "VOC_CLASSES", "VOID",
     "Crop", "Samples", "camvid_files", "camvid_labels", "cityscapes_files", "cityscapes_images", "cityscapes_labels",
-    "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files", "pascal_context_files",
-    "pascal_context_labels", "person_part_files", "person_part_labels", "read_colour_depth", "read_colour_hha",
-    "read_hha", "read_sample", "sbd_files", "sbd_labels", "seg11valid_files", "siftflow_files", "siftflow_labels",
-    "voc_files", "voc_images", "write_person_part_lists", "write_submission", "write_train_aug", "write_voc",
-    "write_voc_results",
+    "crfrnn_files", "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files",
+    "pascal_context_files", "pascal_context_labels", "person_part_files", "person_part_labels", "read_colour_depth",
+    "read_colour_hha", "read_hha", "read_sample", "sbd_files", "sbd_labels", "seg11valid_files", "siftflow_files",
+    "siftflow_labels", "voc_files", "voc_images", "voc_or_sbd_labels", "write_person_part_lists", "write_submission",
+    "write_train_aug", "write_voc", "write_voc_results",
 ]  # fmt: skip

@@ -18,13 +18,32 @@ from crfnet.data.lists import find_folder, want_file
 from crfnet.data.samples import VOID, image_sizes
 from crfnet.images import Uint8, atomic_write, label_picture, read_labels
 
-_LABEL_IDS = {
-    "road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17, "traffic light": 19,
-    "traffic sign": 20, "vegetation": 21, "terrain": 22, "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27,
-    "bus": 28, "train": 31, "motorcycle": 32, "bicycle": 33,
-}  # fmt: skip
-CITYSCAPES_CLASSES = tuple(_LABEL_IDS)  # in the order of the trainIds
-CITYSCAPES_LABEL_IDS = tuple(_LABEL_IDS.values())  # labelId of each trainId
+# class, in the order of the trainIds: labelId, colour
+_TABLE = {
+    "road": (7, (128, 64, 128)),
+    "sidewalk": (8, (244, 35, 232)),
+    "building": (11, (70, 70, 70)),
+    "wall": (12, (102, 102, 156)),
+    "fence": (13, (190, 153, 153)),
+    "pole": (17, (153, 153, 153)),
+    "traffic light": (19, (250, 170, 30)),
+    "traffic sign": (20, (220, 220, 0)),
+    "vegetation": (21, (107, 142, 35)),
+    "terrain": (22, (152, 251, 152)),
+    "sky": (23, (70, 130, 180)),
+    "person": (24, (220, 20, 60)),
+    "rider": (25, (255, 0, 0)),
+    "car": (26, (0, 0, 142)),
+    "truck": (27, (0, 0, 70)),
+    "bus": (28, (0, 60, 100)),
+    "train": (31, (0, 80, 100)),
+    "motorcycle": (32, (0, 0, 230)),
+    "bicycle": (33, (119, 11, 32)),
+}
+CITYSCAPES_CLASSES = tuple(_TABLE)
+CITYSCAPES_LABEL_IDS = tuple(label for label, _ in _TABLE.values())  # labelId of each trainId
+CITYSCAPES_PALETTE = np.zeros((256, 3), np.uint8)  # of trainIds, for pictures; void is black
+CITYSCAPES_PALETTE[: len(_TABLE)] = [colour for _, colour in _TABLE.values()]
 # labelIds run from 0 to 33; -1, the licence plate, is 255 in 8 bits
 _TRAIN_IDS = {label: VOID for label in (*range(34), 255)} | {
     label: class_ for class_, label in enumerate(CITYSCAPES_LABEL_IDS)

@@ -9,8 +9,10 @@
 | train_aug | 10,582 | (SBD train + SBD val + VOC 2012 train) - VOC 2012 val |
 | trainval_aug | 12,031 | train_aug + VOC 2012 val |
 | seg11valid | 736 | VOC 2011 val - SBD train: what FCN evaluates on |
+| CRF-RNN's train | 11,685 | VOC 2012 train + SBD train + SBD val, of which 1103 are in VOC 2012 val |
+| CRF-RNN's val | 346 | VOC 2012 val - SBD: the reduced validation set |
 
-Source: TransformBerkeleyVOC2011Annot.m of DeepLab; data/pascal of FCN's repository.
+Source: TransformBerkeleyVOC2011Annot.m of DeepLab; data/pascal of FCN's repository; arXiv:1502.03240, section 7.
 """
 
 import os
@@ -23,7 +25,9 @@ from crfnet.data.matlab import read_mat
 from crfnet.data.voc import VOC_CLASSES, voc_files, voc_folder
 from crfnet.images import Uint8, atomic_write, read_labels, write_labels
 
-COUNTS = {"train_aug": 10_582, "trainval_aug": 12_031, "seg11valid": 736}
+COUNTS = {
+    "train_aug": 10_582, "trainval_aug": 12_031, "seg11valid": 736, "CRF-RNN's train": 11_685, "CRF-RNN's val": 346,
+}  # fmt: skip
 _CLASSES = {label: label for label in range(len(VOC_CLASSES))}
 _WITH_VOID = {**_CLASSES, 255: 255}
 _AUG_LINE = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
@@ -120,6 +124,43 @@ def seg11valid_files(voc2011_root: str | os.PathLike[str], sbd_root: str | os.Pa
     files = [pair for pair in voc_files(folder, "val") if pair[0].stem not in trained]
     _compare_count("seg11valid", len(files))
     return files
+
+
+def crfrnn_files(
+    voc_root: str | os.PathLike[str], sbd_root: str | os.PathLike[str], split: str
+) -> list[tuple[Path, Path]]:
+    """Lists the images that CRF-RNN trains on or validates on; read the labels with ``voc_or_sbd_labels``.
+
+    Args:
+        voc_root: the folder VOC2012, VOCdevkit or the one that holds VOCdevkit.
+        sbd_root: SBD's folder, see ``sbd_folder``.
+        split: "train": VOC 2012 train with VOC's masks, then what is in SBD alone with SBD's; or "val": VOC 2012 val
+            without anything of SBD.
+
+    Warns:
+        UserWarning: they are not 11,685, or 346.
+
+    Raises:
+        FileNotFoundError: a folder, list, image or label is missing.
+        ValueError: another split, or an empty list.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+    both = dict.fromkeys(pair for part in ("train", "val") for pair in sbd_files(sbd_root, part))
+    files = voc_files(voc_root, split)
+    if split == "train":
+        official = {image.stem for image, _ in files}
+        files += [pair for pair in both if pair[0].stem not in official]
+    else:
+        listed = {image.stem for image, _ in both}
+        files = [pair for pair in files if pair[0].stem not in listed]
+    _compare_count(f"CRF-RNN's {split}", len(files))
+    return files
+
+
+def voc_or_sbd_labels(path: Path) -> Uint8:
+    """The labels of a .mat of SBD or a picture of VOC, (H, W) of 0..20 and 255; for lists that have both."""
+    return sbd_labels(path) if Path(path).suffix == ".mat" else read_labels(path)
 
 
 def _compare_count(name: str, count: int) -> None:

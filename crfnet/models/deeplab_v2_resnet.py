@@ -1,6 +1,7 @@
 """DeepLab v2 on ResNet-101 of output stride 8 (arXiv:1606.00915, section 4.1.2 and table 4; the released prototxt).
 
-ResNet-101 → parallel 3x3 convolutions of 6, 12, 18 and 24 holes to the labels, added (ASPP); or one of 12 (LargeFOV)
+ResNet-101 → parallel 3x3 convolutions of 6, 12, 18 and 24 holes to the labels, added (ASPP); or one of 12 (LargeFOV);
+or none: 1x1, the rows of table 4 without either. What these had is not published; the network on COCO has 1x1.
 """
 
 from typing import Literal, get_args
@@ -12,9 +13,10 @@ from crfnet.models.geometry import crop, pad_to, subsample_labels, zoom
 from crfnet.models.heads import ASPP
 from crfnet.models.preprocess import DEEPLAB, Convention, Preprocess
 from crfnet.models.resnet import ResNet, StrideOn
+from crfnet.models.vgg import score_layer
 
-Head = Literal["aspp", "largefov"]
-RATES = {"aspp": (6, 12, 18, 24), "largefov": (12,)}
+Head = Literal["aspp", "largefov", "plain"]
+RATES = {"aspp": (6, 12, 18, 24), "largefov": (12,), "plain": (1,)}
 
 
 class DeepLabV2ResNet(nn.Module):
@@ -22,7 +24,7 @@ class DeepLabV2ResNet(nn.Module):
 
     Args:
         num_classes: number of labels ``L``.
-        head: "aspp" or "largefov".
+        head: "aspp", "largefov" or "plain", one 1x1 convolution.
         stride_on: "reduce" for DeepLab's own weights, "conv3x3" for torchvision's.
         freeze_norm: keep batch norm as it is, in training too, as DeepLab does with loaded weights; False from scratch.
         convention: channels and mean of the input.
@@ -49,6 +51,8 @@ class DeepLabV2ResNet(nn.Module):
         channels = len(convention.order)
         self.resnet = ResNet(101, stride_on=stride_on, freeze_norm=freeze_norm, channels=channels)
         self.head = ASPP(2048, num_classes, rates=RATES[head])
+        if head == "plain":
+            self.head.branches[0] = score_layer(2048, num_classes, std=0.01)
 
     def forward(self, image: Tensor, *, upsample: bool = True) -> Tensor:
         """Logits at the image's own size, bilinear from the scores."""
