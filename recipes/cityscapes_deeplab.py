@@ -1,0 +1,148 @@
+"""DeepLab v2 on Cityscapes: 19 classes at full resolution, then its dense CRF (arXiv:1606.00915, table 9).
+
+    python recipes/cityscapes_deeplab.py --root cityscapes --weights FILE ... [--submission FOLDER]
+
+| row of table 9 | flags beside these | FILE, of |
+| VGG-16 LargeFOV, full resolution | `--model vgg-largefov` | VGG-16, ImageNet |
+| ResNet-101, LargeFOV, ASPP | `--model resnet-plain`, `resnet-largefov`, `resnet-aspp` | ResNet-101, ImageNet |
+| Aug | `--augment` | |
+| + CRF | row "piecewise" of every run, "dcnn" is without | |
+
+Trained on the 2975 images of train, scored on the 500 of val; --submission writes the 1525 of test, as labelIds for the
+server. No three scales, COCO or coarse labels, as in the paper; its half resolution is not here. For --resume, torchrun
+and what else is not as in the paper see voc_deeplab_v2.py.
+
+| setting | here | the paper |
+| parameters of the CRF | best on 100 images held out of train, and so not trained on | best on 100 of val, for VOC |
+| crop | 513 | not said |
+| rates, batch, iterations | as for VOC | not said |
+| image at test | whole | overlapping tiles |
+
+Nobody has run this recipe on Cityscapes here yet: no scores of ours to print.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from crfnet import data, weights
+from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, DEEPLAB_SCALES, Crop, Samples
+from crfnet.evaluation import evaluate
+from crfnet.losses import at_scores
+from crfnet.models import DeepLabV2ResNet, DeepLabV2VGG
+from crfnet.optim import parameter_groups, poly_policy
+from crfnet.piecewise import fit
+from crfnet.processes import rank, start
+from crfnet.progress import bar
+from crfnet.report import Report
+from crfnet.submission import write_cityscapes_test
+from crfnet.training import Settings, train
+from crfnet.tuning import DEEPLAB_V2_GRID, Grid
+
+L = len(CITYSCAPES_CLASSES)
+RATES = {"vgg": 1e-3, "resnet": 2.5e-4}  # unpublished for Cityscapes, as is all below that names VOC
+BATCHES = {"vgg": (10, 1), "resnet": (1, 10)}  # images a pass, passes a step
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe; the command line has a flag for each."""
+
+    root: str = "data/cityscapes"  # with leftImg8bit and gtFine
+    weights: str = "data/ResNet-101-model.caffemodel"  # to start from: Caffe's, torchvision's, ours; "" for none
+    keep: tuple[str, ...] = ()  # parameters that start anew all the same: head.* for weights of other classes
+    out: str = "runs/cityscapes_deeplab"
+    submission: str = ""  # folder for the label maps of the test images
+    model: Literal["vgg-largefov", "resnet-plain", "resnet-largefov", "resnet-aspp"] = "resnet-aspp"
+    stride_on: Literal["reduce", "conv3x3"] = "reduce"  # of ResNet-101: conv3x3 for torchvision's weights
+    augment: bool = False  # crops of images at a scale by chance, 0.5 to 1.5
+    learning_rate: float = 0.0  # 0: VOC's, 1e-3 for VGG-16, 2.5e-4 for ResNet-101
+    batch_size: int = 0  # 0: VOC's, 10 for VGG-16, 1 for ResNet-101
+    accumulate: int = 0  # batches a step; 0: VOC's, 1 and 10
+    iterations: int = 20_000  # VOC's
+    crop: int = 513  # ours: half the height, a quarter of the width
+    held_out: int = 100  # images of train for the CRF, 190 MB each on the device; 0: trains on all and has no CRF
+    grid: Grid = DEEPLAB_V2_GRID  # VOC's
+    autocast: bool = False  # training in bfloat16
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = 4
+    seed: int = 0
+    resume: bool = False
+    checkpoint_every: int = 1000
+    validate_every: int = 5000
+
+
+def build(config: Config) -> nn.Module:
+    """The network, with the weights it starts from."""
+    kind, head = config.model.split("-", 1)
+    network: Any = DeepLabV2VGG(L, head="largefov")
+    if kind == "resnet":
+        network = DeepLabV2ResNet(L, head=head, stride_on=config.stride_on)  # type: ignore[arg-type]
+    if config.weights:
+        report = weights.load(network, config.weights, keep=config.keep)
+        if not rank():
+            print(report, flush=True)
+    return network
+
+
+def main(config: Config) -> dict[str, dict[str, float]]:
+    """Trains the DCNN and fits its CRF; returns the scores of both."""
+    device, out, kind = start(config.device), Path(config.out), config.model.split("-")[0]
+    torch.manual_seed(config.seed)
+
+    # data; 10 is DeepLab's seed
+    files = data.cityscapes_files(config.root, "train")
+    test = data.cityscapes_images(config.root, "test") if config.submission else []
+    if not 0 <= config.held_out < len(files):
+        raise ValueError(f"held_out must lie in 0..{len(files) - 1}, got {config.held_out}")
+    order = [files[index] for index in np.random.default_rng(10).permutation(len(files))]
+    read = partial(Samples, num_classes=L, read_labels=data.cityscapes_labels, seed=config.seed)
+    held_out, val = read(order[: config.held_out]), read(data.cityscapes_files(config.root, "val"))
+    crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
+
+    # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
+    dcnn = build(config).to(device)
+    images, passes = BATCHES[kind]
+    train(
+        dcnn,
+        read(order[config.held_out :], transform=crop),
+        at_scores,
+        torch.optim.SGD(parameter_groups(dcnn, config.learning_rate or RATES[kind]), momentum=0.9),
+        poly_policy(config.iterations),
+        Settings(
+            config.iterations, config.batch_size or images, config.accumulate or passes, seed=config.seed,
+            workers=config.workers, autocast=torch.bfloat16 if config.autocast else None, freeze_norm=True,
+            checkpoint_every=config.checkpoint_every, validate_every=config.validate_every,
+        ),
+        folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
+        validate=partial(evaluate, samples=held_out, device=device) if len(held_out) else None,
+    )  # fmt: skip
+    report = Report(out, val, names=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE, device=device)
+    report.add("dcnn", dcnn)
+    if not rank():
+        weights.save(dcnn, out / "dcnn.safetensors")
+
+    # 2. piecewise: the CRF that does best on the held-out images
+    best: nn.Module = dcnn
+    if len(held_out):
+        best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
+        report.add("piecewise", best)
+    report.write()
+    if test and not rank():
+        write_cityscapes_test(best, test, config.submission, device=device)
+    return report.scores
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError) as error:  # what came with the data or the flags
+        sys.exit(f"cityscapes_deeplab.py: {error}")
