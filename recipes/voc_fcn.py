@@ -1,4 +1,4 @@
-"""FCN on PASCAL VOC: 32s from VGG-16, 16s from 32s, 8s from 16s; or 8s at once (arXiv:1411.4038).
+"""FCN on PASCAL VOC: 32s from VGG-16, 16s from 32s, 8s from 16s; or 8s at once (arXiv:1411.4038, table 2).
 
     python recipes/voc_fcn.py --voc VOCdevkit --sbd benchmark_RELEASE --vgg16 VGG_ILSVRC_16_layers.caffemodel
     python recipes/voc_fcn.py --voc VOCdevkit --sbd benchmark_RELEASE --vgg16 vgg16-397923af.pth --at-once
@@ -13,7 +13,8 @@ those of the released solvers (shelhamer/fcn.berkeleyvision.org, voc-fcn*/solver
 | learning rate | 1e-10, 1e-12, 1e-14           | 1e-4, a hundredth each stage  |
 | deconvolution | fixed                         | 2x ones learnt                |
 
-No image is resized, cropped or mirrored. Nobody has run this recipe on VOC here yet: no scores of ours to print.
+No image is resized, cropped or mirrored. Mean IoU of the paper's nets: 59.4, 62.4, 62.7; of the released: 63.6, 65.0,
+65.5, at once 65.4. Nobody has run this recipe on VOC here yet: no scores of ours to print.
 """
 
 import sys
@@ -26,11 +27,14 @@ import torch
 from torch import nn
 
 from crfnet import weights
-from crfnet.data import Crop, Samples, sbd_files, sbd_labels, seg11valid_files
+from crfnet.data import VOC_CLASSES, Crop, Samples, sbd_files, sbd_labels, seg11valid_files
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution
 from crfnet.models import FCN8s, FCN16s, FCN32s, start_from
 from crfnet.optim import parameter_groups, step_policy
+from crfnet.processes import start
+from crfnet.progress import bar
+from crfnet.report import Report
 from crfnet.training import Settings, train
 
 RATES = {"32s": 1e-10, "16s": 1e-12, "8s": 1e-14, "8s-atonce": 1e-10}
@@ -41,7 +45,7 @@ ITERATIONS = {"32s": 100_000, "16s": 100_000, "8s": 100_000, "8s-atonce": 300_00
 class Config:
     """Settings of the recipe; the command line has a flag for each."""
 
-    voc: str = "data/VOCdevkit"  # VOC 2011 or 2012
+    voc: str = "data/VOCdevkit"  # with VOC 2011
     sbd: str = "data/benchmark_RELEASE"
     vgg16: str = "data/VGG_ILSVRC_16_layers.caffemodel"  # ImageNet's weights, Caffe's or torchvision's; "" for none
     out: str = "runs/voc_fcn"
@@ -58,11 +62,14 @@ class Config:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the nets one after the other; returns the scores of each."""
+    print(config, flush=True)
+    device = start(config.device)
     torch.manual_seed(config.seed)
+    out = Path(config.out)
     read = partial(Samples, num_classes=21)
     train_set = read(sbd_files(config.sbd, "train"), read_labels=sbd_labels, transform=Crop(None, mirror=False))
     val = read(seg11valid_files(config.voc, config.sbd))
-    scores: dict[str, dict[str, float]] = {}
+    report = Report(out, val, names=VOC_CLASSES, device=device)
     network: nn.Module | None = None
     stages = ["8s-atonce"] if config.at_once else ["32s", "16s", "8s"][: ["32s", "16s", "8s"].index(config.last) + 1]
     for stage in stages:
@@ -71,7 +78,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             print(weights.load(finer, config.vgg16))
         elif network is not None:
             print("new:", ", ".join(start_from(finer, network)))
-        network = finer.to(config.device)
+        network = finer.to(device)
         groups = parameter_groups(network, RATES[stage], head_factor=1)  # lr_mult 1 / 2 everywhere
         iterations = config.iterations or ITERATIONS[stage]
         train(
@@ -84,13 +91,13 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
                 validate_every=config.validate_every,
             ),
-            folder=Path(config.out) / stage, resume=config.resume,
-            validate=partial(evaluate, samples=val, device=config.device),
+            folder=out / stage, resume=config.resume, progress=bar(f"FCN-{stage}"),
+            validate=partial(evaluate, samples=val, device=device),
         )  # fmt: skip
-        weights.save(network, Path(config.out) / f"fcn{stage}.safetensors")
-        scores[stage] = evaluate(network, val, device=config.device)
-        print(f"FCN-{stage}", {name: f"{value:.2%}" for name, value in scores[stage].items()}, flush=True)
-    return scores
+        weights.save(network, out / f"fcn{stage}.safetensors")
+        report.add(stage, network)
+    report.write()
+    return report.scores
 
 
 if __name__ == "__main__":
