@@ -1,5 +1,6 @@
 """The recipes, run whole on a handful of tiny scenes."""
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from slim import slim
 
-from crfnet import DenseCRF
+from crfnet import DenseCRF, weights
 from crfnet.data import write_voc
-from crfnet.models import SmallDeepLab
+from crfnet.models import DeepLabV1MSc, SmallDeepLab
+from crfnet.tuning import Grid
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "voc_deeplab.py"
 TINY = {
-    "held_out": 2, "width": 4, "epochs": 2, "batch_size": 2, "bilateral_weight": (2.0,), "theta_alpha": (50.0,),
-    "theta_beta": (10.0, 20.0), "rounds": 0, "joint_epochs": 1,
+    "held_out": 2, "width": 4, "iterations": 4, "batch_size": 2, "joint_iterations": 4, "guards": 2,
+    "grid": Grid((2.0,), (50.0,), (10.0, 20.0), rounds=0),
 }  # fmt: skip
 
 
@@ -55,28 +58,27 @@ def test_results_hold_three_scores_of_three_stages(run):
     assert results == scores
     assert list(results) == ["dcnn", "piecewise", "joint"]
     for stage in results.values():
-        assert list(stage) == ["mean_iou", "pixel_accuracy", "trimap_iou_3px"]
+        assert {"mean_iou", "pixel_accuracy", "trimap_iou_3px"} <= set(stage)
         assert all(0 <= score <= 1 for score in stage.values())
 
 
-def test_details_and_panel_are_there_and_nothing_half_written(run):
+def test_tables_plots_and_logs_are_there_and_nothing_half_written(run):
     out, _ = run
-    assert {path.name for path in out.iterdir()} == {"results.json", "details.json", "checkpoint.pt", "panel.png"}
-    details = json.loads((out / "details.json").read_text())
-    assert details["config"]["epochs"] == len(details["losses"]) == 2
-    assert details["search"][0]["bilateral_weight"] == 0  # "no CRF" is always tried
-    assert len(details["joint"]) == 2  # the start and one epoch
-    with Image.open(out / "panel.png") as panel:
-        # two rows of image, truth and three stages, 8 pixels apart, 32 pixels magnified 6 times to 192
-        assert panel.size == (6 * (5 * 40 + 4 * 8), 2 * 6 * 32 + 8)
+    files = {"results.json", "report.md", "trimap.png", "panel.png", "search.csv", "search.png", "networks.pt"}
+    assert {path.name for path in out.iterdir()} == files | {"dcnn", "joint"}
+    with open(out / "joint" / "log.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["iteration"] for row in rows] == ["0", "2", "4"]
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("mean_iou", "train_iou"))
+    assert [path.name for path in (out / "joint").iterdir()] == ["log.csv"]  # no checkpoints were asked for
 
 
 def test_checkpoint_gives_the_networks_back(run):
     out, scores = run
-    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(out / "networks.pt", weights_only=True)
     dcnn = SmallDeepLab(21, width=4)
     dcnn.load_state_dict(checkpoint["joint_dcnn"])
-    crf = DenseCRF(21, **checkpoint["joint_crf_settings"])
+    crf = DenseCRF(21)
     crf.load_state_dict(checkpoint["joint_crf"])
     image = torch.rand(1, 3, 32, 40) * 255
     assert crf.eval()(dcnn.eval()(image), image).isfinite().all()
@@ -85,7 +87,7 @@ def test_checkpoint_gives_the_networks_back(run):
 def test_the_same_seed_gives_the_same_scores(recipe, scenes, run, tmp_path):
     again = recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(tmp_path), **TINY))
     assert again == run[1]
-    states = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (run[0], tmp_path)]
+    states = [torch.load(out / "networks.pt", weights_only=True) for out in (run[0], tmp_path)]
     for name in ("dcnn", "joint_dcnn", "joint_crf"):
         assert all(torch.equal(states[0][name][key], states[1][name][key]) for key in states[0][name])
 
@@ -116,6 +118,8 @@ def test_wrong_settings_say_what_is_wanted(recipe, scenes, tmp_path):
         recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(tmp_path), held_out=6))
     with pytest.raises(FileNotFoundError, match="no PASCAL VOC 2012 folder"):
         recipe.main(recipe.Config(dataset="voc", root=str(tmp_path), out=str(tmp_path)))
+    with pytest.raises(ValueError, match="sbd adds to VOC, got data set 'pairs'"):
+        recipe.main(recipe.Config(dataset="pairs", root=str(tmp_path), out=str(tmp_path), sbd=str(tmp_path)))
 
 
 def test_recipe_imports_without_tyro_and_tqdm():
@@ -123,10 +127,10 @@ def test_recipe_imports_without_tyro_and_tqdm():
     code = (
         "import sys, runpy; sys.modules['tyro'] = sys.modules['tqdm'] = None\n"
         f"names = runpy.run_path({str(RECIPE)!r}, run_name='recipe')\n"
-        "print(sorted(names['Config']().__dict__)[0], list(names['progress'](range(3), 'x')))"
+        "print(sorted(names['Config']().__dict__)[0], list(names['bar']('x')(range(3))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "batch_size [0, 1, 2]"
+    assert done.stdout.strip() == "average [0, 1, 2]"
 
 
 def test_a_root_alone_is_a_voc_folder_and_is_left_as_it_was(recipe, scenes, tmp_path):
@@ -139,3 +143,20 @@ def test_a_root_alone_is_a_voc_folder_and_is_left_as_it_was(recipe, scenes, tmp_
 def test_scenes_are_never_drawn_into_a_given_folder(recipe, tmp_path):
     with pytest.raises(ValueError, match="dataset 'synthetic' wants no root"):
         recipe.main(recipe.Config(dataset="synthetic", root=str(tmp_path), out=str(tmp_path / "out"), **TINY))
+
+
+def test_largefov_then_its_msc_branches(recipe, scenes, tmp_path):
+    """Two rows of the paper's table 1, on a thirty-second of the channels."""
+    tiny = {**TINY, "dataset": "voc", "root": str(scenes), "crop": 33, "iterations": 2}
+    with slim(32):
+        recipe.main(recipe.Config(network="largefov", out=str(tmp_path / "a"), **tiny))
+        start = tmp_path / "a" / "dcnn.safetensors"
+        scores = recipe.main(recipe.Config(network="largefov-msc", weights=str(start), out=str(tmp_path / "b"), **tiny))
+        network = DeepLabV1MSc(21)
+        base = {name: value.clone() for name, value in network.base.state_dict().items()}
+        weights.load(network.base, start)
+        trained = DeepLabV1MSc(21)
+        weights.load(trained, tmp_path / "b" / "dcnn.safetensors")
+    assert list(scores) == ["dcnn", "piecewise", "joint"]
+    assert all(torch.equal(a, b) for a, b in zip(network.base.parameters(), trained.base.parameters(), strict=True))
+    assert not all(torch.equal(value, base[name]) for name, value in network.base.state_dict().items())

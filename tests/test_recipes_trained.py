@@ -15,6 +15,7 @@ from slim import slim
 from crfnet import weights
 from crfnet.data import write_voc
 from crfnet.models import FCN8s
+from crfnet.tuning import Grid
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -46,20 +47,21 @@ def horses(tmp_path_factory) -> Path:
 def test_horses_from_dcnn_to_joint_and_the_same_again_when_resumed(horses, tmp_path):
     recipe = load("horses")
     tiny = dict(
-        root=str(horses), held_out=1, width=4, iterations=4, batch_size=2, crop=24, bilateral_weight=(3.0,),
-        theta_alpha=(8.0,), theta_beta=(10.0, 20.0), rounds=0, joint_iterations=4, ablation_crop=16,
+        root=str(horses), held_out=1, width=4, iterations=4, batch_size=2, crop=24, joint_iterations=4, guards=2,
+        ablation_crop=16, ablation_iterations=4, grid=Grid((3.0,), (8.0,), (10.0, 20.0), rounds=0),
     )  # fmt: skip
-    scores = recipe.main(recipe.Config(out=str(tmp_path / "a"), **tiny))
-    assert list(scores) == ["dcnn", "piecewise", "joint", "crops", "crops_exact"]
-    assert json.loads((tmp_path / "a" / "results.json").read_text()) == scores
-    assert (tmp_path / "a" / "panel.png").stat().st_size > 0
-    assert len(json.loads((tmp_path / "a" / "search.json").read_text())) == 5  # no CRF, two by two
-    assert recipe.main(recipe.Config(out=str(tmp_path / "a"), resume=True, **tiny)) == scores
+    scores = recipe.main(recipe.Config(out=str(tmp_path), **tiny))
+    assert list(scores) == ["dcnn", "piecewise", "gradient", "tuned", "joint", "crops", "crops_exact"]
+    assert json.loads((tmp_path / "results.json").read_text()) == scores
+    files = {"report.md", "trimap.png", "panel.png", "search.csv", "search.png"}
+    assert all((tmp_path / name).stat().st_size for name in files)
+    assert len((tmp_path / "search.csv").read_text().splitlines()) >= 4  # a heading, no CRF, two pairs of bandwidths
+    assert recipe.main(recipe.Config(out=str(tmp_path), resume=True, **tiny)) == scores
 
 
 @pytest.mark.filterwarnings("ignore:seg11valid has 2 images here")
 @pytest.mark.parametrize("at_once", [False, True])
-def test_fcn_from_32s_to_8s(tmp_path, at_once):
+def test_fcn_from_32s_to_8s_and_the_same_again_when_resumed(tmp_path, at_once):
     recipe = load("voc_fcn")
     drawn = Path(write_voc(tmp_path / "voc", num_train=2, num_val=2, height=20, width=24))
     voc, sbd = drawn.rename(drawn.with_name("VOC2011")), tmp_path / "sbd" / "dataset"
@@ -72,21 +74,15 @@ def test_fcn_from_32s_to_8s(tmp_path, at_once):
         labels[5:15, 5:15] = 7
         scipy.io.savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": labels}})
     (sbd / "train.txt").write_text("\n".join(names) + "\n")
+    tiny = dict(
+        voc=str(voc.parent), sbd=str(sbd.parent), vgg16="", out=str(tmp_path / "out"), at_once=at_once, iterations=2,
+        device="cpu", workers=0, checkpoint_every=1, validate_every=0,
+    )  # fmt: skip
     with slim(32):
-        scores = recipe.main(
-            recipe.Config(
-                voc=str(voc.parent),
-                sbd=str(sbd.parent),
-                vgg16="",
-                out=str(tmp_path / "out"),
-                at_once=at_once,
-                iterations=2,
-                device="cpu",
-                workers=0,
-                checkpoint_every=1,
-                validate_every=0,
-            )  # fmt: skip
-        )
+        scores = recipe.main(recipe.Config(**tiny))
+        assert json.loads((tmp_path / "out" / "results.json").read_text()) == scores
+        assert all((tmp_path / "out" / name).stat().st_size for name in ("report.md", "trimap.png", "panel.png"))
+        assert recipe.main(recipe.Config(resume=True, **tiny)) == scores
         network = FCN8s(21, at_once=at_once)
     assert list(scores) == (["8s-atonce"] if at_once else ["32s", "16s", "8s"])
     weights.load(network, tmp_path / "out" / f"fcn{list(scores)[-1]}.safetensors")

@@ -1,0 +1,177 @@
+"""CamVid, 11 classes of street scenes: a DCNN from scratch, a dense CRF fitted to it, and both trained as one.
+
+    python recipes/camvid.py --root /data/CamVid --seed 0
+
+367 frames to train, 101 for the scores, 480x360, SegNet's split. The hard case for a CRF: a DCNN that is unsure of
+poles, signs and people, whom a dense CRF with hand-picked parameters swallows. Whatever is chosen (the CRF's
+parameters, which moment of a training to keep) is chosen on stretches of the three training drives that are held out
+whole, since frames beside a training frame look like it; `val` is only scored.
+
+| row       | what |
+| dcnn      | the DCNN alone: cross-entropy, no class weights |
+| hand      | the same DCNN under pydensecrf's hand-picked example values, as orientation |
+| piecewise | under the CRF that DeepLab's search finds, "no CRF" among its candidates (arXiv:1412.7062, section 5) |
+| gradient  | under a CRF learnt by gradient on the frozen DCNN: one weight a pair of labels and kernel |
+| tuned     | the DCNN alone, trained on as long as the joint one: what the longer training is worth |
+| joint     | both end to end from the gradient's CRF (CRF-RNN, arXiv:1502.03240, section 6) |
+
+Writes results.json, report.md (classes: who gains, who pays), trimap.png, panel.png, search.csv, search.png and the
+checkpoints of each stage; a run that was stopped goes on with --resume.
+"""
+
+import copy
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from crfnet import DenseCRF
+from crfnet.data import CAMVID_CLASSES, CAMVID_PALETTE, Crop, Samples, camvid_files, camvid_labels
+from crfnet.evaluation import evaluate
+from crfnet.losses import full_resolution, through_crf
+from crfnet.models import SmallDeepLab, WithCRF
+from crfnet.optim import parameter_groups, poly_policy
+from crfnet.piecewise import fit
+from crfnet.progress import bar
+from crfnet.report import Report
+from crfnet.training import Settings, train
+from crfnet.tuning import Grid, Parameters
+
+File = tuple[Path, Path]
+# the example of pydensecrf's README
+HAND = Parameters(bilateral_weight=10.0, theta_alpha=80.0, theta_beta=13.0, spatial_weight=3.0, theta_gamma=3.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe; the command line has a flag for each."""
+
+    root: str = "data/CamVid"  # with train.txt and val.txt
+    out: str = "runs/camvid"
+    seed: int = 0
+    threads: int = 0  # 0: as many as torch likes
+    device: str = "cpu"
+    workers: int = 0  # processes that read images
+    resume: bool = False
+    held_out: float = 0.11  # of each drive's training frames, for every choice
+    # the DCNN
+    width: int = 24  # channels of its first stage
+    iterations: int = 5000
+    batch_size: int = 4
+    crop: tuple[int, int] = (288, 384)
+    scale: tuple[float, float] = (0.7, 1.5)  # of the images, log-uniform
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    average: float = 0.998  # of the parameters, a step
+    # the search, in pixels of these frames
+    grid: Grid = Grid((1.0, 3.0), (15.0, 45.0), (4.0, 12.0), (1.0,), (1.0,), rounds=2)
+    search_images: int = 10  # of the held-out ones
+    # fine-tuning, crop by crop
+    joint_iterations: int = 800
+    joint_crop: tuple[int, int] = (240, 320)
+    joint_learning_rate: float = 1e-4  # of the DCNN
+    crf_learning_rate: float = 3e-3
+    joint_average: float = 0.99
+    clip_crf: float = 1.0
+    guards: int = 20  # training images on which fine-tuning must not lose
+
+
+def held_out_stretches(files: list[File], fraction: float, seed: int) -> tuple[list[File], list[File]]:
+    """The rest, and one stretch of neighbouring frames of each drive, its place drawn from the seed."""
+    rng = np.random.default_rng(seed)
+    rest, held_out = [], []
+    for drive in dict.fromkeys(image.name[:6] for image, _ in files):  # 0001TP, 0006R0, 0016E5
+        frames = sorted(pair for pair in files if pair[0].name.startswith(drive))
+        count = max(1, round(fraction * len(frames)))
+        first = int(rng.integers(len(frames) - count + 1))
+        held_out += frames[first : first + count]
+        rest += frames[:first] + frames[first + count :]
+    return rest, held_out
+
+
+def main(config: Config) -> dict[str, dict[str, float]]:
+    """Runs all stages and returns the scores that it writes."""
+    print(config, flush=True)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    out, device, L = Path(config.out), torch.device(config.device), len(CAMVID_CLASSES)
+    files, held_files = held_out_stretches(camvid_files(config.root, "train"), config.held_out, config.seed)
+    read = partial(Samples, num_classes=L, read_labels=camvid_labels, seed=config.seed, keep=True)
+    held_out, val = read(held_files), read(camvid_files(config.root, "val"))
+    report = Report(out, val, names=CAMVID_CLASSES, palette=CAMVID_PALETTE, device=device)
+
+    guards = read(files[:: max(1, len(files) // config.guards)])
+
+    def judge(network: nn.Module) -> dict[str, float]:
+        return {"mean_iou": evaluate(network, held_out, device=device)["mean_iou"]}
+
+    # 1. the DCNN alone: AdamW, crops, mirrors, scales
+    dcnn = SmallDeepLab(L, width=config.width).to(device)
+    groups = partial(parameter_groups, weight_decay=config.weight_decay, bias_factor=1, head_factor=1)
+    train(
+        dcnn,
+        read(files, transform=Crop(config.crop, scale=config.scale)),
+        full_resolution,
+        torch.optim.AdamW(groups(dcnn, config.learning_rate)),
+        poly_policy(config.iterations, warm_up=config.iterations // 20),
+        Settings(
+            config.iterations, config.batch_size, seed=config.seed, workers=config.workers, average=config.average,
+            checkpoint_every=250, validate_every=config.iterations // 5,
+        ),
+        folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
+    )  # fmt: skip
+    report.add("dcnn", dcnn)
+    hand = DenseCRF(L, **asdict(HAND), weights="scalar", compatibility="potts", learn=(), num_iterations=10)
+    report.add("hand", WithCRF(dcnn, hand.to(device)))
+
+    # 2. piecewise: DeepLab's search on the held-out frames
+    piecewise, found = fit(
+        dcnn, held_out, config.grid, out, count=config.search_images, device=device, resume=config.resume
+    )
+    report.add("piecewise", piecewise)
+
+    # 3. from there by gradient, with one recipe for every row: the CRF alone, the DCNN alone, or both
+    def fine_tune(row: str, network: nn.Module) -> None:
+        torch.manual_seed(config.seed)
+        train(
+            network,
+            read(files, transform=Crop(config.joint_crop)),
+            through_crf if isinstance(network, WithCRF) else full_resolution,
+            torch.optim.AdamW(
+                groups(
+                    network, config.joint_learning_rate, crf_weights=config.crf_learning_rate,
+                    crf_compatibility=config.crf_learning_rate,
+                )
+            ),
+            poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20),
+            Settings(
+                config.joint_iterations, 1, seed=config.seed, workers=config.workers, average=config.joint_average,
+                clip_crf=config.clip_crf, freeze_norm=True, checkpoint_every=100,
+                validate_every=config.joint_iterations // 2, select="mean_iou", guard="train_iou",
+            ),
+            folder=out / row, resume=config.resume, progress=bar(row),
+            validate=lambda judged: judge(judged) | {"train_iou": evaluate(judged, guards, device=device)["mean_iou"]},
+        )  # fmt: skip
+        report.add(row, network)
+
+    start = found.best_crf.parameters  # where the search prefers no CRF, the gradient may still find one
+    crf = DenseCRF(L, **asdict(start), num_iterations=5, num_iterations_eval=10).to(device)
+    fine_tune("gradient", WithCRF(copy.deepcopy(dcnn), crf, frozen=True))
+    fine_tune("tuned", copy.deepcopy(dcnn))
+    fine_tune("joint", WithCRF(copy.deepcopy(dcnn), copy.deepcopy(crf)))
+    report.write()
+    return report.scores
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError) as error:  # what came with the data or the flags
+        sys.exit(f"camvid.py: {error}")
