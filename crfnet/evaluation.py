@@ -3,16 +3,29 @@
 A predictor takes an image (1, 3, H, W) and returns logits (1, L, H, W) of the same size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crfnet.data import Samples
 from crfnet.metrics import ConfusionMatrix, trimap_band
 from crfnet.processes import add_up, rank, world_size
 
 Predictor = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, after which every module is in the mode it had: a frozen part may differ from the whole."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.no_grad()

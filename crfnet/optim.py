@@ -7,7 +7,7 @@
 | weights of the score layers | 10            | 1            | DeepLab v1 and v2; 1 in FCN                    |
 | biases of the score layers  | 20            | 0            | likewise; 2 in FCN                             |
 | batch norm, where it learns | 1             | 0            |                                                |
-| the CRF's                   | its own       | 0            | CRF-RNN: 1e4 for weights, 1e3 compatibilities  |
+| the CRF's                   | its own       | 0 (ours)     | CRF-RNN: 1e4 for weights, 1e3 compatibilities  |
 
     step   lr * gamma^floor(iteration / every)        (arXiv:1412.7062, section 5)
     poly   lr * (1 - iteration / total)^power         (arXiv:1606.00915, section 4.1.2)
@@ -99,6 +99,11 @@ def step_policy(every: int, gamma: float = 0.1) -> Schedule:
     """Caffe's "step": a factor ``gamma`` every so many iterations."""
     whole_number("every", every, 1)
     return lambda iteration: gamma ** (iteration // every)
+
+
+def fixed_policy() -> Schedule:
+    """Caffe's "fixed": the learning rate stays."""
+    return lambda iteration: 1.0
 
 
 def poly_policy(total: int, power: float = 0.9, *, warm_up: int = 0) -> Schedule:

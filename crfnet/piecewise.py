@@ -69,7 +69,7 @@ def fit(
         print(f"{len(found.table)} trials, {change}: {found.parameters}", flush=True)
     found = gather(found)[0]
     crf = DenseCRF(
-        samples.num_classes, **asdict(found.parameters), num_iterations=grid.num_iterations, weights="scalar",
-        compatibility="potts", learn=(),
+        samples.num_classes, **asdict(found.parameters), num_iterations=grid.num_iterations,
+        num_iterations_eval=grid.num_iterations, weights="scalar", compatibility="potts", learn=(),
     )  # fmt: skip
     return WithCRF(copy.deepcopy(network), crf).to(device).eval(), found

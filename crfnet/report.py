@@ -17,6 +17,7 @@ from torch import nn
 
 from crfnet.curves import TrimapCurve, trimap_plot
 from crfnet.data import Samples
+from crfnet.evaluation import in_eval_mode
 from crfnet.images import Uint8, atomic_write, write_image
 from crfnet.metrics import ConfusionMatrix
 from crfnet.panels import comparison_picture
@@ -79,21 +80,19 @@ class Report:
         if len(samples) != len(self.samples) or samples.num_classes != self.samples.num_classes:
             got = f"{len(samples)} of {samples.num_classes} classes"
             raise ValueError(f"samples must be those of the report, {len(self.samples)}, read otherwise, got {got}")
-        training = network.training
-        network.eval()
         matrix, curve = ConfusionMatrix(self.samples.num_classes), TrimapCurve(self.samples.num_classes)
         self.called[row] = {}
-        for index in range(len(samples)):
-            if index % world_size() != rank() and (rank() or index not in self.shown):
-                continue
-            image, labels, _ = samples[index]
-            called = network(image[None].to(self.device)).argmax(1)[0].cpu()
-            if index in self.shown:
-                self.called[row][index] = called.byte().numpy()
-            if index % world_size() == rank():
-                matrix.add(called, labels)
-                curve.add(called, labels)
-        network.train(training)
+        with in_eval_mode(network):
+            for index in range(len(samples)):
+                if index % world_size() != rank() and (rank() or index not in self.shown):
+                    continue
+                image, labels, _ = samples[index]
+                called = network(image[None].to(self.device)).argmax(1)[0].cpu()
+                if index in self.shown:
+                    self.called[row][index] = called.byte().numpy()
+                if index % world_size() == rank():
+                    matrix.add(called, labels)
+                    curve.add(called, labels)
         matrix.counts, curve.counts = (add_up(c.counts.to(self.device)).cpu() for c in (matrix, curve))
         self.matrices[row], self.curves[row] = matrix, curve
         narrow = curve.mean_iou()[curve.widths.index(TRIMAP)]

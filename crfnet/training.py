@@ -226,6 +226,8 @@ def train(
     if board is not None:
         board.close()
     if run.best is not None:
+        if not run.best["iteration"]:
+            log(f"no validation was better than the start by {settings.select}: the network ends as it began")
         network.load_state_dict(run.best["network"])
     elif average is not None:
         network.load_state_dict(average.module.state_dict())
@@ -269,7 +271,7 @@ def _step(
     return total
 
 
-def _loader(samples: Samples, settings: Settings, start: int, *, pin: bool) -> DataLoader[Any]:
+def _loader(samples: Samples, settings: Settings, start: int, *, pin: bool = False) -> DataLoader[Any]:
     first, last = (n * settings.accumulate for n in (start, settings.iterations))
     order = Order(len(samples), settings.batch_size, seed=settings.seed, start=first, stop=last)
     own = torch.Generator().manual_seed(settings.seed)  # or the loader would draw from the generator of dropout
@@ -355,7 +357,7 @@ def _check(samples: Samples, settings: Settings, folder: Path | None, resume: bo
     if folder is None and (resume or settings.checkpoint_every or settings.tensorboard):
         raise ValueError("resume, checkpoint_every and tensorboard need a folder")
     if folder is not None and not resume and (found := checkpoints.existing(folder)):
-        raise ValueError(f"{found[-1]} is of a run before: resume=True goes on from it; or take another folder")
+        raise ValueError(f"{found[-1]} is of a run before: resume goes on from it; or take another folder")
 
 
 def _fixed(samples: Samples, optimizer: Optimizer, settings: Settings) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crfnet.data import Samples
+from crfnet.evaluation import in_eval_mode
 from crfnet.features import pixel_features
 from crfnet.images import PathLike, atomic_write
 from crfnet.inputs import whole_number
@@ -161,9 +162,7 @@ def unaries(
         raise ValueError("samples must be at least one, got none")
     chosen = sorted(np.random.default_rng(seed).permutation(len(samples))[:count].tolist())
     images, logits, labels = [], [], []
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+    with in_eval_mode(network):
         for index in chosen:
             image, truth, inside = samples[index]
             if truth.ndim != 2 or not inside.all():
@@ -179,9 +178,6 @@ def unaries(
             images.append(image)
             logits.append(scores[0])
             labels.append(truth)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return images, logits, labels
 
 
@@ -345,20 +341,22 @@ class _Table:
     def _trials(self, title: bytes, rows: bytes) -> list[Trial]:
         found = self.TITLE.fullmatch(title)
         if found is None:
-            raise ValueError(f"{self.path}: not a table of crfnet.tuning.search; name another file")
+            raise ValueError(f"{self.path}: not a table of crfnet.tuning.search; delete it or name another file")
         data, check = (part.decode() for part in found.groups())
         if check != _checksum(rows):
-            raise ValueError(f"{self.path}: damaged or edited, its rows do not have its checksum; name another file")
+            raise ValueError(
+                f"{self.path}: damaged or edited, its rows do not have its checksum; delete it or name another"
+            )
         if data != self.data:
             settings = "images, logits, labels, num_iterations, method or ignore_index"
-            raise ValueError(f"{self.path}: holds the trials of other {settings}; name another file")
+            raise ValueError(f"{self.path}: holds the trials of other {settings}; delete it or name another file")
         try:
             header, *lines = csv.reader(io.StringIO(rows.decode()))
             if header != [*NAMES, "mean_iou", "round"]:
                 raise ValueError(f"columns {header}")
             return [Trial(Parameters(*map(float, line[:5])), float(line[5]), int(line[6])) for line in lines]
         except (ValueError, IndexError, csv.Error) as error:  # another version's
-            raise ValueError(f"{self.path}: cannot be read: {error}; name another file") from error
+            raise ValueError(f"{self.path}: cannot be read: {error}; delete it or name another file") from error
 
     def write(self, trials: Sequence[Trial]) -> None:
         """The trials so far, then what the file held beyond them."""

@@ -14,21 +14,20 @@ training to keep) is chosen on images held out of train; `val` is scored once a 
 | crops       | joint on crops of 96 pixels with the lattice, against ... |
 | crops_exact | ... the same with the exact engine in training |
 
-Writes results.json, report.md, trimap.png, panel.png, search.csv, search.png, and log and checkpoints of each stage; a
-run that was stopped goes on with --resume.
+Writes results.json, report.md, trimap.png, panel.png, search.csv, search.png, the network of each row, and log and
+checkpoints of each stage; a run that was stopped goes on with --resume.
 """
 
 import copy
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from crfnet import DenseCRF
+from crfnet import DenseCRF, weights
 from crfnet.data import Crop, Samples, pairs_files
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution, through_crf
@@ -36,8 +35,10 @@ from crfnet.models import SmallDeepLab, WithCRF
 from crfnet.ops.operator import Method
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
+from crfnet.processes import rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Settings, train
 from crfnet.tuning import Grid
 
@@ -78,11 +79,11 @@ class Config:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs all stages and returns the scores that it writes."""
-    print(config, flush=True)
+    device = start(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    out, device = Path(config.out), torch.device(config.device)
+    out = begin(config)
 
     files, val_files = pairs_files(config.root, "train"), pairs_files(config.root, "val")
     if not 1 <= config.held_out < len(files):
@@ -95,6 +96,11 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     def judge(network: nn.Module) -> dict[str, float]:
         return {"mean_iou": evaluate(network, held_out, device=device)["mean_iou"]}
+
+    def add(row: str, network: nn.Module) -> None:
+        report.add(row, network)
+        if not rank():
+            weights.save(network, out / f"{row}.safetensors")
 
     # 1. the DCNN alone: AdamW, crops, mirrors, scales
     dcnn = SmallDeepLab(2, width=config.width).to(device)
@@ -111,11 +117,11 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         ),
         folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
     )  # fmt: skip
-    report.add("dcnn", dcnn)
+    add("dcnn", dcnn)
 
     # 2. piecewise: DeepLab's search on the held-out images
     piecewise, found = fit(dcnn, held_out, config.grid, out, device=device, resume=config.resume)
-    report.add("piecewise", piecewise)
+    add("piecewise", piecewise)
 
     # 3. from there by gradient, with one recipe for every row: the CRF alone, the DCNN alone, or both
     def fine_tune(row: str, network: nn.Module, crop: int | None = None) -> None:
@@ -149,7 +155,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         )  # fmt: skip
         if crf is not None:
             crf.engine = "auto"
-        report.add(row, network)
+        add(row, network)
 
     def with_crf(engine: Method = "auto", *, frozen: bool = False) -> WithCRF:
         crf = DenseCRF(2, **asdict(found.parameters), num_iterations=5, num_iterations_eval=10, engine=engine)

@@ -49,10 +49,11 @@ from crfnet.data.samples import ImageReader, read_rgb
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution
 from crfnet.models import NYUD_COLOUR, NYUD_COLOUR_DEPTH, NYUD_HHA, FCN32s, LateFusionFCN, start_from
-from crfnet.optim import parameter_groups, step_policy
+from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Settings, train
 
 
@@ -93,10 +94,11 @@ class Config:
     seed: int = 1337
     resume: bool = False
     checkpoint_every: int = 2000
+    tensorboard: bool = False  # writes the log for TensorBoard too
     validate_every: int = 20_000
 
 
-def begin(network: nn.Module, row: str, config: Config) -> None:
+def initialise(network: nn.Module, row: str, config: Config) -> None:
     """Copies into a network what its row starts from: VGG-16, or the nets of other rows."""
     nets: dict[str, Any] = {name: ROWS[name].build() for name in ROWS[row].starts_from}
     for name, net in nets.items():
@@ -115,7 +117,6 @@ def begin(network: nn.Module, row: str, config: Config) -> None:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains and scores the rows one after the other; returns their scores."""
-    print(config, flush=True)
     device = start(config.device)
     out = Path(config.out)
     if not config.rows:
@@ -128,13 +129,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 raise FileNotFoundError(
                     f"row {row!r} starts from {other!r}: put it before that in --rows, or {other}.safetensors in {out}"
                 )
+    begin(config)
     pictures = Samples(nyud_files(config.root, "test"), 40, read_labels=nyud_labels)
     report = Report(out, pictures, names=NYUD_CLASSES, device=device)
     for row, (train_files, test_files) in files.items():
         read = partial(Samples, num_classes=40, read_image=ROWS[row].read_image, read_labels=nyud_labels)
         torch.manual_seed(config.seed)
         network = ROWS[row].build()
-        begin(network, row, config)
+        initialise(network, row, config)
         network.to(device)
         groups = parameter_groups(network, ROWS[row].learning_rate, head_factor=1)  # lr_mult 1 / 2 everywhere
         train(
@@ -142,9 +144,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             read(train_files, transform=Crop(None, mirror=False)),
             partial(full_resolution, normalize=False),
             torch.optim.SGD(groups, momentum=0.99),
-            step_policy(config.iterations + 1),  # fixed
+            fixed_policy(),
             Settings(
                 config.iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
+                tensorboard=config.tensorboard,
                 validate_every=config.validate_every,
             ),
             folder=out / row, resume=config.resume, progress=bar(row),

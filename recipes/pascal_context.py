@@ -42,6 +42,7 @@ from crfnet.piecewise import fit
 from crfnet.processes import rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Settings, train
 from crfnet.tuning import DEEPLAB_V2_GRID, Grid
 
@@ -76,6 +77,7 @@ class Config:
     seed: int = 0
     resume: bool = False
     checkpoint_every: int = 1000
+    tensorboard: bool = False  # writes the log for TensorBoard too
     validate_every: int = 2000
 
 
@@ -103,7 +105,8 @@ def build(config: Config, L: int) -> nn.Module:
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
-    device, out, kind = start(config.device), Path(config.out), config.model.split("-")[0]
+    device, kind = start(config.device), config.model.split("-")[0]
+    out = begin(config)
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed
@@ -134,6 +137,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             config.iterations, config.batch_size or images, config.accumulate or passes, seed=config.seed,
             workers=config.workers, autocast=torch.bfloat16 if config.autocast else None, freeze_norm=True,
             checkpoint_every=config.checkpoint_every, validate_every=config.validate_every,
+            tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
         validate=partial(evaluate, samples=held_out, device=device) if len(held_out) else None,
@@ -147,6 +151,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     if len(held_out):
         both, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
         report.add("piecewise", both)
+        if not rank():
+            weights.save(both, out / "piecewise.safetensors")
     report.write()
     return report.scores
 

@@ -35,10 +35,11 @@ from crfnet.evaluation import evaluate
 from crfnet.images import Uint8
 from crfnet.models import SiftFlowFCN, start_from
 from crfnet.models.fcn_siftflow import both_labellings
-from crfnet.optim import parameter_groups, step_policy
+from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Settings, train
 
 RATES = {"32s": 1e-10, "16s": 1e-12, "8s": 1e-12}  # VOC's 8s has 1e-14
@@ -60,6 +61,7 @@ class Config:
     seed: int = 1337
     resume: bool = False
     checkpoint_every: int = 2000
+    tensorboard: bool = False  # writes the log for TensorBoard too
     validate_every: int = 20_000
 
 
@@ -83,10 +85,9 @@ def labels_of(path: Path, task: str) -> Uint8:
 
 def main(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     """Trains the nets one after the other; returns the scores of each task and net."""
-    print(config, flush=True)
     device = start(config.device)
     torch.manual_seed(config.seed)
-    out = Path(config.out)
+    out = begin(config)
     train_files, test_files = siftflow_files(config.root, "trainval"), siftflow_files(config.root, "test")
     train_set = Samples(train_files, 33, read_labels=siftflow_labels, transform=Crop(None, mirror=False))
     test = {task: Samples(test_files, len(TASKS[task]), read_labels=partial(labels_of, task=task)) for task in TASKS}
@@ -110,9 +111,10 @@ def main(config: Config) -> dict[str, dict[str, dict[str, float]]]:
             train_set,
             partial(both_labellings, normalize=False),
             torch.optim.SGD(groups, momentum=0.99),
-            step_policy(config.iterations + 1),  # fixed
+            fixed_policy(),
             Settings(
                 config.iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
+                tensorboard=config.tensorboard,
                 validate_every=config.validate_every,
             ),
             folder=out / stage, resume=config.resume, validate=judge, progress=bar(f"FCN-{stage}"),

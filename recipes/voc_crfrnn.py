@@ -45,11 +45,12 @@ from crfnet.evaluation import evaluate
 from crfnet.losses import through_crf
 from crfnet.models import CRFRNN, FCN8s, WithCRF, start_from
 from crfnet.models.preprocess import FCN
-from crfnet.optim import parameter_groups, step_policy
+from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.piecewise import fit
 from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Run, Settings, train
 from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
@@ -62,7 +63,7 @@ class Config:
     sbd: str = "data/benchmark_RELEASE"
     fcn8s: str = "runs/voc_fcn/fcn8s.safetensors"  # or the released caffemodel, or wkentaro's fcn8s_from_caffe.pth
     out: str = "runs/voc_crfrnn"
-    start: Literal["crfrnn", "search", "gradient"] = "crfrnn"
+    start: Literal["search", "gradient", "crfrnn"] = "search"  # of the CRF; crfrnn: the paper's values
     held_out: int = 100  # images kept for every choice, DeepLab's number; none that FCN-8s learnt from, SBD's train
     guards: int = 100  # training images on which training must not lose
     iterations: int = 100_000  # of joint training; not published. Nine times through the images
@@ -71,6 +72,7 @@ class Config:
     learning_rate: float = 1e-13  # of FCN-8s
     weights_factor: float = 1e4  # of the kernel weights, against that
     compatibility_factor: float = 1e3
+    clip_crf: float = 0.0  # largest norm of the gradient of the CRF's parameters; 0: no limit, as released
     momentum: float = 0.99
     weight_decay: float = 5e-4
     size: int = 500  # pixels that images are padded to, VOC's largest
@@ -80,15 +82,15 @@ class Config:
     seed: int = 1337
     resume: bool = False
     checkpoint_every: int = 2000
+    tensorboard: bool = False  # writes the log for TensorBoard too
     validate_every: int = 5000
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs all stages and returns the scores that it writes."""
-    print(config, flush=True)
     device = start(config.device)
     torch.manual_seed(config.seed)
-    out = Path(config.out)
+    out = begin(config)
     if not Path(config.fcn8s).is_file():
         raise FileNotFoundError(f"fcn8s {config.fcn8s!r} is missing: voc_fcn.py writes one, and --help names others")
 
@@ -126,10 +128,12 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             train_set,
             partial(through_crf, normalize=False),
             torch.optim.SGD(groups, momentum=config.momentum),
-            step_policy(iterations + 1),  # fixed
+            fixed_policy(),
             Settings(
                 iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
+                tensorboard=config.tensorboard,
                 validate_every=config.validate_every, select="mean_iou", guard="train_iou",
+                clip_crf=config.clip_crf or None,
             ),
             folder=out / row, resume=config.resume, validate=judge, progress=bar(row),
         )  # fmt: skip
@@ -150,12 +154,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     network = CRFRNN(crf=crf)  # its FCN-8s learns the deconvolutions by 2, which begin as they were
     start_from(network.network, fcn8s)
     network.to(device).eval()
-    report.add("piecewise", network)
+    report.add("crf" if config.start == "crfrnn" else "piecewise", network)
 
     # 3. both end to end from there
-    run = learn("joint", network, config.iterations)
-    if run.best is not None and not run.best["iteration"]:
-        print("joint training was never better than its start: the network is the piecewise one", flush=True)
+    learn("joint", network, config.iterations)
     report.add("joint", network)
     report.write()
     weights.save(network, out / "crfrnn.safetensors")

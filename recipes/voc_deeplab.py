@@ -4,8 +4,7 @@ r"""DeepLab v1 with a dense CRF on PASCAL VOC 2012: the DCNN alone, the CRF fitt
     python recipes/voc_deeplab.py --root VOCdevkit                   # the real ones, under the same small DCNN
     python recipes/voc_deeplab.py --dataset pairs --root /data/horses --num-classes 2
     python recipes/voc_deeplab.py --root VOCdevkit --sbd benchmark_RELEASE --device cuda --out runs/largefov \
-        --network largefov --weights VGG_ILSVRC_16_layers.caffemodel --checkpoint-every 500 \
-        --held-out 100 --search-images 100
+        --network largefov --weights VGG_ILSVRC_16_layers.caffemodel --checkpoint-every 500
 
 The last is a row of arXiv:1412.7062's tables 1 and 2; `--network deeplab`, `7x7`, `4x4`, `largefov` are those of
 table 2, `msc` and `largefov-msc` of table 1, from the dcnn.safetensors that `deeplab` or `largefov` left.
@@ -43,7 +42,7 @@ import torch
 from torch import nn
 
 from crfnet import DenseCRF, weights
-from crfnet.data import Crop, Samples, image_sizes, pairs_files, voc_files, write_train_aug, write_voc
+from crfnet.data import VOC_CLASSES, Crop, Samples, image_sizes, pairs_files, voc_files, write_train_aug, write_voc
 from crfnet.evaluation import evaluate
 from crfnet.images import atomic_write
 from crfnet.losses import at_scores, full_resolution, through_crf
@@ -53,27 +52,30 @@ from crfnet.piecewise import fit
 from crfnet.processes import gather, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Loss, Settings, train
-from crfnet.tuning import Grid
+from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
 START = time.perf_counter()
 Network = Literal["small", "deeplab", "7x7", "4x4", "largefov", "msc", "largefov-msc"]
 
 
 class Plan(NamedTuple):
-    """How a network is trained alone, and its learning rate in joint training."""
+    """How a network is trained alone, its learning rate in joint training, and how its CRF is searched."""
 
     iterations: int
     batch_size: int
     crop: int
     learning_rate: float
     joint: float
+    held_out: int
+    search_images: int
 
 
-SMALL = Plan(800, 8, 160, 3e-3, 1e-4)
+SMALL = Plan(800, 8, 160, 3e-3, 1e-4, 40, 14)
 # arXiv:1412.7062, section 5: 1e-3, a tenth every 2000 iterations; crops, 6000 iterations and the batch of LargeFOV are
 # those of the released prototxts
-V1 = Plan(6000, 20, 306, 1e-3, 1e-6)
+V1 = Plan(6000, 20, 306, 1e-3, 1e-6, 100, 100)
 PLANS: dict[Network, Plan] = {
     "small": SMALL, "deeplab": V1, "7x7": V1, "4x4": V1, "largefov": V1._replace(batch_size=30, crop=321),
     "msc": V1._replace(crop=321), "largefov-msc": V1._replace(batch_size=30, crop=321),
@@ -95,10 +97,12 @@ class Config:
     device: str = "cpu"
     workers: int = 0  # processes that read images
     checkpoint_every: int = 0  # iterations between checkpoints, for --resume
+    tensorboard: bool = False  # writes the log for TensorBoard too
     resume: bool = False
     scenes: int = 240  # training images of "synthetic"; val has a fifth of it
-    held_out: int = 40  # training images kept for the search and for choosing a moment of the joint training
-    # the DCNN; 0: by network, see PLANS
+    # 0: by network, see PLANS
+    held_out: int = 0  # training images kept for the search and for choosing a moment of the joint training
+    search_images: int = 0  # of these
     network: Network = "small"
     weights: str = ""  # to start from: VGG-16's, or for MSc those of the DCNN below it
     width: int = 16  # of "small": channels of its first stage
@@ -108,8 +112,8 @@ class Config:
     learning_rate: float = 0.0
     average: float = 0.99  # of the parameters, a step, of "small"
     # the search; theta_alpha is for images of 500 pixels and scaled to the longest side of these
-    grid: Grid = Grid((3.0, 6.0, 12.0), (30.0, 55.0, 100.0), (4.0, 8.0, 16.0), (3.0,), (1.0,), rounds=1)
-    search_images: int = 14  # of the held-out ones
+    grid: Grid = Grid((3.0, 6.0, 12.0), (30.0, 55.0, 100.0), (4.0, 8.0, 16.0), (3.0,), (1.0,), rounds=1)  # of "small"
+    v1_grid: Grid = DEEPLAB_V1_GRID  # of the others
     # joint training, whole images one by one
     joint_iterations: int = 400
     joint_learning_rate: float = 0.0  # of the DCNN
@@ -148,15 +152,17 @@ def build(config: Config, plan: Plan) -> tuple[nn.Module, Loss, torch.optim.Opti
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs the three stages and returns the scores that it writes."""
-    device, out = start(config.device), Path(config.out)
+    device = start(config.device)
     config = replace(config, device=str(device))
-    log(str(config))
+    if config.resume and not config.checkpoint_every:
+        raise ValueError("resume wants checkpoint_every, got 0: the run before wrote no checkpoints without it")
+    out = begin(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     chosen = {
         name: value
-        for name in ("iterations", "batch_size", "crop", "learning_rate")
+        for name in ("iterations", "batch_size", "crop", "learning_rate", "held_out", "search_images")
         if (value := getattr(config, name))
     }
     plan = PLANS[config.network]._replace(**chosen)
@@ -178,11 +184,11 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     listing = pairs_files if dataset == "pairs" else voc_files
     own, val_files = listing(root, "train"), listing(root, "val")  # held out are VOC's own: its masks are finer
     files = voc_files(root, "train_aug") if config.sbd else own
-    if not 1 <= config.held_out < len(own):
-        raise ValueError(f"held_out must leave training images: wanted 1..{len(own) - 1}, got {config.held_out}")
+    if not 1 <= plan.held_out < len(own):
+        raise ValueError(f"held_out must leave training images: wanted 1..{len(own) - 1}, got {plan.held_out}")
     order = np.random.default_rng(config.seed).permutation(len(own))
-    kept = [own[i] for i in order[: config.held_out]]
-    rest = [own[i] for i in order[config.held_out :]]
+    kept = [own[i] for i in order[: plan.held_out]]
+    rest = [own[i] for i in order[plan.held_out :]]
     if config.sbd:
         names = {image for image, _ in kept}
         rest = [pair for pair in files if pair[0] not in names]
@@ -196,13 +202,13 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     )  # fmt: skip
     held_out, guards, val = read(kept), read(rest[: config.guards]), read(val_files)
     log(f"{len(rest)} images to train on, {len(kept)} held out of train, {len(val)} for the scores")
-    report = Report(out, val, device=device)
+    report = Report(out, val, names=None if dataset == "pairs" else VOC_CLASSES, device=device)
 
     # 1. the DCNN alone
     dcnn, loss, optimizer, schedule = build(config, plan)
     settings = Settings(
         plan.iterations, plan.batch_size, seed=config.seed, workers=config.workers,
-        checkpoint_every=config.checkpoint_every, validate_every=plan.iterations // 4,
+        checkpoint_every=config.checkpoint_every, tensorboard=config.tensorboard, validate_every=plan.iterations // 4,
         average=config.average if config.network == "small" else 0.0,
     )  # fmt: skip
     samples = read(rest, transform=Crop(crop))
@@ -215,10 +221,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         weights.save(dcnn, out / "dcnn.safetensors")
 
     # 2. piecewise
-    longest = float(sizes.max(1).mean())
-    grid = replace(config.grid, theta_alpha=tuple(value * longest / 500 for value in config.grid.theta_alpha))
+    longest, grid = float(sizes.max(1).mean()), config.grid if config.network == "small" else config.v1_grid
+    grid = replace(grid, theta_alpha=tuple(value * longest / 500 for value in grid.theta_alpha))
     piecewise, found = fit(
-        dcnn, held_out, grid, out, count=config.search_images, device=device, resume=config.resume
+        dcnn, held_out, grid, out, count=plan.search_images, device=device, resume=config.resume
     )  # fmt: skip
     log("searched")
     report.add("piecewise", piecewise)
@@ -232,7 +238,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         config.num_classes, **asdict(found.parameters), num_iterations=config.num_iterations,
         num_iterations_eval=config.num_iterations_eval,
     )  # fmt: skip
-    joint = WithCRF(copy.deepcopy(dcnn), crf).to(device)
+    joint = WithCRF(copy.deepcopy(dcnn).requires_grad_(True), crf).to(device)
     rate = config.joint_learning_rate or plan.joint
     groups = parameter_groups(
         joint, rate, weight_decay=1e-2, bias_factor=1, head_factor=1, crf_weights=config.crf_learning_rate,

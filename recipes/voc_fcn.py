@@ -20,7 +20,6 @@ No image is resized, cropped or mirrored. Mean IoU of the paper's nets: 59.4, 62
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,10 +30,11 @@ from crfnet.data import VOC_CLASSES, Crop, Samples, sbd_files, sbd_labels, seg11
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution
 from crfnet.models import FCN8s, FCN16s, FCN32s, start_from
-from crfnet.optim import parameter_groups, step_policy
+from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
+from crfnet.runs import begin
 from crfnet.training import Settings, train
 
 RATES = {"32s": 1e-10, "16s": 1e-12, "8s": 1e-14, "8s-atonce": 1e-10}
@@ -57,15 +57,15 @@ class Config:
     seed: int = 1337
     resume: bool = False
     checkpoint_every: int = 2000
+    tensorboard: bool = False  # writes the log for TensorBoard too
     validate_every: int = 20_000
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the nets one after the other; returns the scores of each."""
-    print(config, flush=True)
     device = start(config.device)
     torch.manual_seed(config.seed)
-    out = Path(config.out)
+    out = begin(config)
     read = partial(Samples, num_classes=21)
     train_set = read(sbd_files(config.sbd, "train"), read_labels=sbd_labels, transform=Crop(None, mirror=False))
     val = read(seg11valid_files(config.voc, config.sbd))
@@ -86,9 +86,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             train_set,
             partial(full_resolution, normalize=False),
             torch.optim.SGD(groups, momentum=0.99),
-            step_policy(iterations + 1),  # fixed
+            fixed_policy(),
             Settings(
                 iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
+                tensorboard=config.tensorboard,
                 validate_every=config.validate_every,
             ),
             folder=out / stage, resume=config.resume, progress=bar(f"FCN-{stage}"),

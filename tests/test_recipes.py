@@ -64,7 +64,16 @@ def test_results_hold_three_scores_of_three_stages(run):
 
 def test_tables_plots_and_logs_are_there_and_nothing_half_written(run):
     out, _ = run
-    files = {"results.json", "report.md", "trimap.png", "panel.png", "search.csv", "search.png", "networks.pt"}
+    files = {
+        "config.json",
+        "results.json",
+        "report.md",
+        "trimap.png",
+        "panel.png",
+        "search.csv",
+        "search.png",
+        "networks.pt",
+    }
     assert {path.name for path in out.iterdir()} == files | {"dcnn", "joint"}
     with open(out / "joint" / "log.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))

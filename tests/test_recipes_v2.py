@@ -192,7 +192,7 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
     assert len(kept) == 2
     kept[-1].unlink()  # as if killed after the first step
     saved = weights.read(out / "dcnn.safetensors")
-    with pytest.raises(ValueError, match="is of a run before: resume=True goes on from it"):
+    with pytest.raises(ValueError, match="is of a run before: resume goes on from it"):
         recipe.main(config)
     assert recipe.main(replace(config, resume=True)) == scores
     again = weights.read(out / "dcnn.safetensors")

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from crfnet import DenseCRF
 from crfnet.curves import trimap_curve
 from crfnet.data import Samples
 from crfnet.data.samples import read_rgb
 from crfnet.evaluation import evaluate
+from crfnet.models import WithCRF
 from crfnet.piecewise import fit
 from crfnet.report import Report
 from crfnet.tuning import Grid
@@ -50,6 +52,9 @@ def test_scores_are_those_of_evaluate_and_of_the_trimap_curve(samples, tmp_path)
     network = Threshold().train()
     scores = report.add("plain", network)
     assert network.training  # as it was
+    frozen = WithCRF(network, DenseCRF(2), frozen=True).train()
+    report.add("frozen", frozen)
+    assert frozen.training and frozen.crf.training and not network.training
     expected = evaluate(network, samples)
     assert {name: scores[name] for name in expected} == pytest.approx(expected)
     assert report.curves["plain"].mean_iou() == trimap_curve(network, samples).mean_iou()
@@ -88,6 +93,8 @@ def test_a_fitted_crf_is_better_where_it_was_fitted_and_leaves_the_network(sampl
     assert both.network is not network and not any(p.requires_grad for p in both.crf.parameters())
     chosen = [samples.files[k] for k in sorted(np.random.default_rng(10).permutation(5)[:4])]
     assert evaluate(both, Samples(chosen, 2))["mean_iou"] == pytest.approx(found.best.mean_iou, abs=0.002)
+    fewer, found = fit(network, samples, Grid((3.0,), (10.0,), (30.0,), rounds=0, num_iterations=1), tmp_path, count=4)
+    assert evaluate(fewer, Samples(chosen, 2))["mean_iou"] == pytest.approx(found.best_crf.mean_iou, abs=0.002)
     assert (tmp_path / "search.png").stat().st_size > 0
 
 
