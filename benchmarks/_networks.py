@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crfnet import DenseCRF, models
-from crfnet.losses import cross_entropy
+from crfnet.losses import cross_entropy, multi_scale_loss
 
 SPREAD = 4.0  # standard deviation of the logits
 
@@ -31,7 +31,7 @@ def loss_at_scores(network: Any, image: Tensor, labels: Tensor) -> Tensor:
 
 def three_scales_loss(network: Any, image: Tensor, labels: Tensor) -> Tensor:
     """DeepLab v2's with three scales."""
-    return models.multi_scale_loss(network(image, upsample=False), labels)
+    return multi_scale_loss(network(image, upsample=False), labels)
 
 
 class Network(NamedTuple):

@@ -33,8 +33,8 @@ from crfnet import weights
 from crfnet.data import SIFTFLOW_CLASSES, SIFTFLOW_GEOMETRIC, Crop, Samples, siftflow_files, siftflow_labels
 from crfnet.evaluation import evaluate
 from crfnet.images import Uint8
+from crfnet.losses import both_labellings
 from crfnet.models import SiftFlowFCN, start_from
-from crfnet.models.fcn_siftflow import both_labellings
 from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.processes import start
 from crfnet.progress import bar

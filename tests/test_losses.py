@@ -9,15 +9,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crfnet import DenseCRF
-from crfnet.losses import at_scores, cross_entropy, cross_entropy_part, full_resolution, multi_scale, through_crf
+from crfnet.losses import (
+    at_scores,
+    cross_entropy,
+    cross_entropy_part,
+    full_resolution,
+    multi_scale,
+    multi_scale_loss,
+    multi_scale_parts,
+    through_crf,
+)
 from crfnet.models import (
     DeepLabV1,
     DeepLabV1MSc,
     DeepLabV2VGG,
     MultiScale,
     WithCRF,
-    multi_scale_loss,
-    multi_scale_parts,
 )
 from crfnet.models.multi_scale import Scores
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crfnet import DenseCRF
+from crfnet.losses import multi_scale_loss
 from crfnet.models import (
     ASPP,
     CRFRNN,
@@ -32,7 +33,6 @@ from crfnet.models import (
     SiftFlowFCN,
     SmallDeepLab,
     WithCRF,
-    multi_scale_loss,
     preprocess,
     start_from,
 )

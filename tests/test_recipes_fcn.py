@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from crfnet import images, weights
+from crfnet.losses import both_labellings
 from crfnet.models import CRFRNN, FCN8s, SiftFlowFCN
-from crfnet.models.fcn_siftflow import both_labellings
 from crfnet.tuning import Grid
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -28,14 +28,13 @@ from torch.nn import functional as F
 from crfnet import DenseCRF, checkpoints, training
 from crfnet.data import Crop, Samples
 from crfnet.evaluation import evaluate
-from crfnet.losses import full_resolution, through_crf
+from crfnet.losses import full_resolution, multi_scale_parts, through_crf
 from crfnet.models import (
     BackboneDeepLab,
     DeepLabV2ResNet,
     FCNGoogLeNet,
     MultiScale,
     WithCRF,
-    multi_scale_parts,
 )
 from crfnet.optim import parameter_groups, poly_policy, step_policy
 from crfnet.training import Order, Run, Settings, train

@@ -14,7 +14,7 @@ from crfnet.models.fcn_googlenet import FCNGoogLeNet
 from crfnet.models.fcn_nyud import LateFusionFCN
 from crfnet.models.fcn_siftflow import SiftFlowFCN
 from crfnet.models.heads import ASPP, LargeFOV
-from crfnet.models.multi_scale import MultiScale, multi_scale_loss, multi_scale_parts
+from crfnet.models.multi_scale import MultiScale
 from crfnet.models.preprocess import (
     DEEPLAB,
     NYUD_COLOUR,
@@ -61,7 +61,5 @@ __all__ = [
     "TORCHVISION",
     "WithCRF",
     "dilate",
-    "multi_scale_loss",
-    "multi_scale_parts",
     "start_from",
 ]

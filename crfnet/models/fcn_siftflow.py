@@ -3,12 +3,10 @@
 One trunk, two heads with score and upsampling layers of their own; the losses are added.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from crfnet.losses import Part, cross_entropy_part
 from crfnet.models.fcn import HEADS, Trunk
 from crfnet.models.preprocess import SIFT_FLOW, Preprocess
 
@@ -46,18 +44,3 @@ class SiftFlowFCN(nn.Module):
         return TwoLabels(
             *(head.enlarge(head.scores(features), image.shape[2:]) for head in (self.semantic, self.geometric))
         )
-
-
-def both_labellings(network: nn.Module, batch: Sequence[Tensor], *, normalize: bool = True) -> list[Part]:
-    """The loss of both tasks, each a part: as `crfnet.losses.full_resolution`, with labels ``(B, 2, H, W)``.
-
-    ``normalize=False`` divides by the images, as the released nets do.
-
-    Raises:
-        ValueError: the labels are not the semantic and the geometric ones.
-    """
-    image, labels, *_ = batch
-    if labels.ndim != 4 or labels.shape[1] != 2:
-        raise ValueError(f"labels must be (B, 2, H, W), semantic and geometric, got {tuple(labels.shape)}")
-    parts = [cross_entropy_part(logits, labels[:, task]) for task, logits in enumerate(network(image))]
-    return [(total, count if normalize else len(image)) for total, count in parts]

@@ -8,11 +8,9 @@ train.prototxt): those at 0.75 after enlarging, those at 0.5 at their own size, 
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from crfnet.losses import Part, cross_entropy_part
-from crfnet.models.geometry import crop, interp, pad_to, subsample_labels, zoom
+from crfnet.models.geometry import crop, interp, pad_to, zoom
 
 
 class Scores(NamedTuple):
@@ -74,33 +72,3 @@ class MultiScale(nn.Module):
         half = network.scores(interp(x, [(n - 1) // 2 + 1 for n in x.shape[2:]]))
         fused = full.maximum(three_quarters).maximum(interp(half, full.shape[2:]))
         return Scores(fused, full, three_quarters, half)
-
-
-def multi_scale_parts(scores: Scores, labels: Tensor, *, ignore_index: int = 255) -> list[Part]:
-    """The four cross-entropies of `multi_scale_loss`, each as a sum and its number of labels."""
-    if any(n % 32 != 1 for n in labels.shape[-2:]):
-        raise ValueError(
-            f"labels must have 32 k + 1 pixels an axis, where the scales' scores lie on each other, "
-            f"got {tuple(labels.shape[-2:])}"
-        )
-    eighth, sixteenth = subsample_labels(labels, stride=8), subsample_labels(labels, stride=16)
-    targets = (eighth, eighth, eighth, sixteenth)
-    return [
-        cross_entropy_part(part, target, ignore_index=ignore_index)
-        for part, target in zip(scores, targets, strict=True)
-    ]
-
-
-def multi_scale_loss(scores: Scores, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Sum of four mean cross-entropies: fused, 1 and 0.75 at labels of stride 8, 0.5 at labels of stride 16.
-
-    Args:
-        scores: of ``MultiScale(network)(image, upsample=False)``.
-        labels: ``(B, H, W)`` int64, 0..L-1 or ``ignore_index``, of the image's size, 32 k + 1 pixels an axis: 321, say.
-        ignore_index: label of the pixels left out.
-
-    Raises:
-        ValueError: another size of labels.
-    """
-    parts = multi_scale_parts(scores, labels, ignore_index=ignore_index)
-    return torch.stack([total / torch.as_tensor(count).clamp_min(1) for total, count in parts]).sum()
