@@ -1,6 +1,6 @@
 # Every target makes the environment it needs: .venv, with the versions in constraints.txt.
 #
-#   make demo                         the main job on its embedded data, three to seven minutes
+#   make demo                         the main job on its embedded data, about four minutes
 #   make test PYTHON=python3.12       another interpreter (3.10 to 3.13), after `make clean`
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 #       On Linux, PyPI's torch brings the CUDA libraries (gigabytes). This index has the same version for a CPU alone;
