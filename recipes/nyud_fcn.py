@@ -20,6 +20,7 @@ The settings are those of the released solvers (shelhamer/fcn.berkeleyvision.org
 | momentum      | 0.99                                | 0.9                          |
 | learning rate | 1e-10, colour-hha 1e-12             | 1e-4, a hundredth each stage |
 | deconvolution | fixed                               | 2x ones learnt               |
+| order         | each image once an epoch            | its code: with replacement   |
 
 The 16s was never released. Nobody has run this recipe on NYUDv2 here yet: no scores of ours to print.
 """

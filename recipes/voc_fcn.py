@@ -12,6 +12,7 @@ those of the released solvers (shelhamer/fcn.berkeleyvision.org, voc-fcn*/solver
 | momentum      | 0.99                          | 0.9                           |
 | learning rate | 1e-10, 1e-12, 1e-14           | 1e-4, a hundredth each stage  |
 | deconvolution | fixed                         | 2x ones learnt                |
+| order         | each image once an epoch      | its code: with replacement    |
 
 No image is resized, cropped or mirrored. Mean IoU of the paper's nets: 59.4, 62.4, 62.7; of the released: 63.6, 65.0,
 65.5, at once 65.4. Nobody has run this recipe on VOC here yet: no scores of ours to print.
