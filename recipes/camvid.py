@@ -108,7 +108,6 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     read = partial(Samples, num_classes=L, read_labels=camvid_labels, seed=config.seed, keep=True)
     held_out, val = read(held_files), read(camvid_files(config.root, "val"))
     report = Report(out, val, names=CAMVID_CLASSES, palette=CAMVID_PALETTE, device=device)
-
     guards = read(files[:: max(1, len(files) // config.guards)])
 
     def judge(network: nn.Module) -> dict[str, float]:

@@ -54,8 +54,8 @@ from crfnet.data.voc import VOC_CLASSES, voc_files, voc_images, write_voc_result
 
 __all__ = [
     "CAMVID_CLASSES", "CAMVID_PALETTE", "CAMVID_WEIGHTS", "CITYSCAPES_CLASSES", "CITYSCAPES_PALETTE",
-    "DEEPLAB_SCALES", "NYUD_CLASSES",
-    "PASCAL_CONTEXT_CLASSES", "PERSON_PART_CLASSES", "SIFTFLOW_CLASSES", "SIFTFLOW_GEOMETRIC", "VOC_CLASSES", "VOID",
+    "DEEPLAB_SCALES", "NYUD_CLASSES", "PASCAL_CONTEXT_CLASSES", "PERSON_PART_CLASSES", "SIFTFLOW_CLASSES",
+    "SIFTFLOW_GEOMETRIC", "VOC_CLASSES", "VOID",
     "Crop", "Samples", "camvid_files", "camvid_labels", "cityscapes_files", "cityscapes_images", "cityscapes_labels",
     "crfrnn_files", "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files",
     "pascal_context_files", "pascal_context_labels", "person_part_files", "person_part_labels", "read_colour_depth",
