@@ -13,7 +13,8 @@ import numpy as np
 from crfnet import plots
 from crfnet.images import Uint8
 from crfnet.plots import BOTTOM, GREY, INK, LEFT, LIGHT, RIGHT, TOP, Canvas, Colour, Panel, Point, font
-from crfnet.tuning import Search, Trial
+from crfnet.trials import Trial
+from crfnet.tuning import Search
 
 Key = TypeVar("Key")
 

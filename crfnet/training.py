@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Sampler
 
 from crfnet import checkpoints
+from crfnet.batches import loader
 from crfnet.crf import DenseCRF
 from crfnet.data import Samples
 from crfnet.images import atomic_write
@@ -98,34 +98,6 @@ class Settings:
             raise ValueError(f"guard {self.guard!r} needs select: it says which validations may be chosen")
 
 
-class Order(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index), without end until ``stop``: each epoch a new permutation, drawn from (seed, epoch).
-
-    Epochs run on into each other, so that every batch is full. A process gets its part of each.
-    """
-
-    def __init__(self, count: int, batch_size: int, *, seed: int, start: int, stop: int) -> None:
-        self.count, self.batch_size, self.seed, self.start, self.stop = count, batch_size, seed, start, stop
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The batches from ``start`` on."""
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        mine = range(rank(), self.batch_size, world_size())
-        for batch in range(self.start, self.stop):
-            chosen = []
-            for place in (batch * self.batch_size + k for k in mine):
-                if place // self.count != epoch:
-                    epoch = place // self.count
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.count, generator=generator)
-                chosen.append((epoch, int(order[place % self.count])))
-            yield chosen
-
-
 @dataclass
 class Run:
     """What a training run came to: the rows of its log, and the best validation."""
@@ -193,7 +165,13 @@ def train(
     model: nn.Module = network
     if world_size() > 1:
         model = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    batches = iter(_loader(samples, settings, start, pin=device.type == "cuda"))
+    passes = settings.accumulate
+    batches = iter(
+        loader(
+            samples, settings.batch_size, seed=settings.seed, start=start * passes, stop=settings.iterations * passes,
+            workers=settings.workers, pin=device.type == "cuda",
+        )
+    )  # fmt: skip
     began = time.perf_counter() - (run.history[-1]["seconds"] if run.history else 0.0)
     iterations = iter(range(start, settings.iterations))
 
@@ -269,13 +247,6 @@ def _step(
         nn.utils.clip_grad_norm_([p for p in crf if p.grad is not None], settings.clip_crf)
     optimizer.step()
     return total
-
-
-def _loader(samples: Samples, settings: Settings, start: int, *, pin: bool = False) -> DataLoader[Any]:
-    first, last = (n * settings.accumulate for n in (start, settings.iterations))
-    order = Order(len(samples), settings.batch_size, seed=settings.seed, start=first, stop=last)
-    own = torch.Generator().manual_seed(settings.seed)  # or the loader would draw from the generator of dropout
-    return DataLoader(samples, batch_sampler=order, num_workers=settings.workers, generator=own, pin_memory=pin)
 
 
 def _train_mode(network: nn.Module, settings: Settings) -> None:

@@ -16,19 +16,14 @@ and filters the marginals of all weights together, as further channels:
     found = search(images, logits, labels, **asdict(DEEPLAB_V2_GRID), table="search.csv")
     DenseCRF(21, **asdict(found.parameters))
 
-A table on disk is both the record of what was tried and what a stopped search goes on from. Its first line is a
-comment, ``pandas.read_csv(path, comment="#")`` say; it tells apart tables of other data, and damaged ones.
+A table on disk is both the record of what was tried and what a stopped search goes on from, see `crfnet.trials`.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import math
-import re
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,29 +34,16 @@ from torch.nn import functional as F
 from crfnet.data import Samples
 from crfnet.evaluation import in_eval_mode
 from crfnet.features import pixel_features
-from crfnet.images import PathLike, atomic_write
+from crfnet.images import PathLike
 from crfnet.inputs import whole_number
 from crfnet.metrics import ConfusionMatrix
 from crfnet.ops import GaussianFilter, GridFilter
 from crfnet.ops.operator import Method
+from crfnet.trials import NAMES, Parameters, Trial, TrialTable
 
 MAX_CHANNELS = 128  # marginals filtered together: bounds memory at 128 floats a pixel per temporary
 
 NEGLIGIBLE = 1e-4  # probability below which, together and in every pixel, labels are left out
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameters of a dense CRF, named as in `crfnet.DenseCRF`; ``DenseCRF(L, **asdict(parameters))`` takes them."""
-
-    bilateral_weight: float
-    theta_alpha: float
-    theta_beta: float
-    spatial_weight: float
-    theta_gamma: float
-
-
-NAMES = tuple(field.name for field in fields(Parameters))
 
 
 @dataclass(frozen=True)
@@ -88,15 +70,6 @@ class Grid:
 DEEPLAB_V1_GRID = Grid((5.0, 7.1, 10.0), (50.0, 71.0, 100.0), (3.0, 5.5, 10.0), (3.0,), (3.0,), rounds=2)
 # arXiv:1606.00915, section 4.1.1: w1 3:6, sigma_alpha 30:10:100, sigma_beta 3:6
 DEEPLAB_V2_GRID = Grid((3.0, 4.2, 6.0), (30.0, 55.0, 100.0), (3.0, 4.2, 6.0), (3.0,), (3.0,), rounds=2)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One row of the table: parameters, mean IoU on the held-out images (0..1), and the round that tried them."""
-
-    parameters: Parameters
-    mean_iou: float
-    round: int
 
 
 @dataclass(frozen=True)
@@ -245,7 +218,7 @@ def search(
     trials = [Trial(replace(start, bilateral_weight=0.0, spatial_weight=0.0), plain.mean_iou, 0)]
     store = None
     if table is not None:
-        store = _Table(table, _fingerprint(images, logits, labels, f"{num_iterations} {method} {ignore_index}"))
+        store = TrialTable(table, _fingerprint(images, logits, labels, f"{num_iterations} {method} {ignore_index}"))
         store.write(trials)
     known = {} if store is None else store.known
     tried: set[Parameters] = set()
@@ -315,64 +288,6 @@ def _alive(q: Tensor) -> Tensor:
     order = q.amax(0).argsort()  # rarest first
     dropped = q[:, order].cumsum(1).amax(0) < NEGLIGIBLE
     return order[~dropped].sort().values
-
-
-class _Table:
-    """The CSV file of a search: a comment with two checksums, the names of the columns, a row a trial.
-
-    Attributes:
-        known: mean IoU of the points that the file held.
-    """
-
-    TITLE = re.compile(rb"# crfnet\.tuning\.search, data ([0-9a-f]{16}), rows ([0-9a-f]{8})")
-
-    def __init__(self, path: PathLike, data: str) -> None:
-        self.path, self.data = path, data
-        self.held: list[Trial] = []  # without "no CRF", which costs nothing
-        try:
-            with open(path, "rb") as stream:
-                title, _, rows = stream.read().partition(b"\n")
-        except FileNotFoundError:
-            title = rows = b""
-        else:
-            self.held = self._trials(title, rows)[1:]
-        self.known = {trial.parameters: trial.mean_iou for trial in self.held}
-
-    def _trials(self, title: bytes, rows: bytes) -> list[Trial]:
-        found = self.TITLE.fullmatch(title)
-        if found is None:
-            raise ValueError(f"{self.path}: not a table of crfnet.tuning.search; delete it or name another file")
-        data, check = (part.decode() for part in found.groups())
-        if check != _checksum(rows):
-            raise ValueError(
-                f"{self.path}: damaged or edited, its rows do not have its checksum; delete it or name another"
-            )
-        if data != self.data:
-            settings = "images, logits, labels, num_iterations, method or ignore_index"
-            raise ValueError(f"{self.path}: holds the trials of other {settings}; delete it or name another file")
-        try:
-            header, *lines = csv.reader(io.StringIO(rows.decode()))
-            if header != [*NAMES, "mean_iou", "round"]:
-                raise ValueError(f"columns {header}")
-            return [Trial(Parameters(*map(float, line[:5])), float(line[5]), int(line[6])) for line in lines]
-        except (ValueError, IndexError, csv.Error) as error:  # another version's
-            raise ValueError(f"{self.path}: cannot be read: {error}; delete it or name another file") from error
-
-    def write(self, trials: Sequence[Trial]) -> None:
-        """The trials so far, then what the file held beyond them."""
-        tried = {trial.parameters for trial in trials}
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*NAMES, "mean_iou", "round"])
-        for trial in (*trials, *(trial for trial in self.held if trial.parameters not in tried)):
-            writer.writerow([*map(repr, astuple(trial.parameters)), repr(trial.mean_iou), trial.round])  # exact floats
-        rows = text.getvalue().encode()
-        with atomic_write(self.path) as stream:
-            stream.write(f"# crfnet.tuning.search, data {self.data}, rows {_checksum(rows)}\n".encode() + rows)
-
-
-def _checksum(rows: bytes) -> str:
-    return f"{zlib.crc32(rows):08x}"
 
 
 def _fingerprint(images: Sequence[Tensor], logits: Sequence[Tensor], labels: Sequence[Tensor], settings: str) -> str:

@@ -43,7 +43,8 @@ from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
 from crfnet.training import Settings, train
-from crfnet.tuning import Grid, Parameters
+from crfnet.trials import Parameters
+from crfnet.tuning import Grid
 
 File = tuple[Path, Path]
 # the example of pydensecrf's README

@@ -16,7 +16,7 @@ and what else is not as in the paper see voc_deeplab_v2.py.
 | parameters of the CRF | best on 100 images held out of train, and so not trained on | best on 100 of val, for VOC |
 | crop | 513 | not said |
 | rates, batch, iterations | as for VOC | not said |
-| image at test | whole | overlapping tiles |
+| image at test | whole; --tile: in overlapping tiles, a quarter shared | overlapping tiles; sizes not said |
 
 Nobody has run this recipe on Cityscapes here yet: no scores of ours to print.
 """
@@ -24,17 +24,16 @@ Nobody has run this recipe on Cityscapes here yet: no scores of ours to print.
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from crfnet import data, weights
-from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, DEEPLAB_SCALES, Crop, Samples
+from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, DEEPLAB_SCALES, Crop, Samples, hold_out
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores
-from crfnet.models import DeepLabV2ResNet, DeepLabV2VGG
+from crfnet.models import Tiled, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
@@ -67,6 +66,7 @@ class Config:
     accumulate: int = 0  # batches a step; 0: VOC's, 1 and 10
     iterations: int = 20_000  # VOC's
     crop: int = 513  # ours: half the height, a quarter of the width
+    tile: int = 0  # height and width of the tiles at test; 0: the whole image at once
     held_out: int = 100  # images of train for the CRF, 190 MB each on the device; 0: trains on all and has no CRF
     # VOC's, with sigma_alpha for images four times as wide; not published
     grid: Grid = replace(DEEPLAB_V2_GRID, theta_alpha=(30.0, 110.0, 400.0))
@@ -80,19 +80,6 @@ class Config:
     validate_every: int = 5000
 
 
-def build(config: Config) -> nn.Module:
-    """The network, with the weights it starts from."""
-    kind, head = config.model.split("-", 1)
-    network: Any = DeepLabV2VGG(L, head="largefov")
-    if kind == "resnet":
-        network = DeepLabV2ResNet(L, head=head, stride_on=config.stride_on)  # type: ignore[arg-type]
-    if config.weights:
-        report = weights.load(network, config.weights, keep=config.keep)
-        if not rank():
-            print(report, flush=True)
-    return network
-
-
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
@@ -102,19 +89,24 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     # data; 10 is DeepLab's seed
     files = data.cityscapes_files(config.root, "train")
     test = data.cityscapes_images(config.root, "test") if config.submission else []
-    if not 0 <= config.held_out < len(files):
-        raise ValueError(f"held_out must lie in 0..{len(files) - 1}, got {config.held_out}")
-    order = [files[index] for index in np.random.default_rng(10).permutation(len(files))]
+    kept, rest = hold_out(files, config.held_out, seed=10)
     read = partial(Samples, num_classes=L, read_labels=data.cityscapes_labels, seed=config.seed)
-    held_out, val = read(order[: config.held_out]), read(data.cityscapes_files(config.root, "val"))
+    held_out, val = read(kept), read(data.cityscapes_files(config.root, "val"))
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
+    def tiled(network: nn.Module) -> nn.Module:
+        return Tiled(network, config.tile) if config.tile else network
+
     # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
-    dcnn = build(config).to(device)
+    dcnn = deeplab_v2(config.model, L, stride_on=config.stride_on).to(device)
+    if config.weights:
+        loaded = weights.load(dcnn, config.weights, keep=config.keep)
+        if not rank():
+            print(loaded, flush=True)
     images, passes = BATCHES[kind]
     train(
         dcnn,
-        read(order[config.held_out :], transform=crop),
+        read(rest, transform=crop),
         at_scores,
         torch.optim.SGD(parameter_groups(dcnn, config.learning_rate or RATES[kind]), momentum=0.9),
         poly_policy(config.iterations),
@@ -125,17 +117,17 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
-        validate=partial(evaluate, samples=held_out, device=device) if len(held_out) else None,
+        validate=(lambda judged: evaluate(tiled(judged), held_out, device=device)) if len(held_out) else None,
     )  # fmt: skip
     report = Report(out, val, names=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE, device=device)
-    report.add("dcnn", dcnn)
+    report.add("dcnn", tiled(dcnn))
     if not rank():
         weights.save(dcnn, out / "dcnn.safetensors")
 
     # 2. piecewise: the CRF that does best on the held-out images
-    best: nn.Module = dcnn
+    best = tiled(dcnn)
     if len(held_out):
-        best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
+        best, _ = fit(best, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
         report.add("piecewise", best)
         if not rank():
             weights.save(best, out / "piecewise.safetensors")

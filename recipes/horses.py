@@ -23,12 +23,11 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
 from crfnet import DenseCRF, weights
-from crfnet.data import Crop, Samples, pairs_files
+from crfnet.data import Crop, Samples, hold_out, pairs_files
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution, through_crf
 from crfnet.models import SmallDeepLab, WithCRF
@@ -86,12 +85,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     out = begin(config)
 
     files, val_files = pairs_files(config.root, "train"), pairs_files(config.root, "val")
-    if not 1 <= config.held_out < len(files):
-        raise ValueError(f"held_out must leave training images: wanted 1..{len(files) - 1}, got {config.held_out}")
-    order = np.random.default_rng(config.seed).permutation(len(files))
-    rest = [files[i] for i in order[config.held_out :]]
+    kept, rest = hold_out(files, config.held_out, seed=config.seed, least=1)
     read = partial(Samples, num_classes=2, seed=config.seed, keep=True)
-    held_out, guards = read([files[i] for i in order[: config.held_out]]), read(rest[: config.guards])
+    held_out, guards = read(kept), read(rest[: config.guards])
     report = Report(out, read(val_files), names=("background", "horse"), device=device)
 
     def judge(network: nn.Module) -> dict[str, float]:

@@ -24,19 +24,15 @@ Nobody has run this recipe on PASCAL-Context here yet: no scores of ours to prin
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import nn
 
 from crfnet import data, weights
-from crfnet.data import DEEPLAB_SCALES, PASCAL_CONTEXT_CLASSES, Crop, Samples
-from crfnet.data.lists import read_list, want_file
+from crfnet.data import DEEPLAB_SCALES, Crop, Samples, hold_out
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import DeepLabV2ResNet, DeepLabV2VGG, MultiScale
+from crfnet.models import MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
@@ -81,28 +77,6 @@ class Config:
     validate_every: int = 2000
 
 
-def class_names(file: str) -> tuple[str, ...]:
-    """Background and the names of the file, in its order."""
-    if not file:
-        return PASCAL_CONTEXT_CLASSES
-    listing = want_file(Path(file), "the list of classes")
-    lines = [" ".join(line.words).rpartition(":") for line in read_list(listing, "one class `index: name`")]
-    return ("background", *(name.strip() for index, _, name in lines if index.strip() != "0"))
-
-
-def build(config: Config, L: int) -> nn.Module:
-    """The network at one scale, with the weights it starts from."""
-    kind, head = config.model.split("-", 1)
-    network: Any = DeepLabV2VGG(L, head="largefov")
-    if kind == "resnet":
-        network = DeepLabV2ResNet(L, head=head, stride_on=config.stride_on)  # type: ignore[arg-type]
-    if config.weights:
-        report = weights.load(network, config.weights, keep=config.keep)
-        if not rank():
-            print(report, flush=True)
-    return network
-
-
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
@@ -110,26 +84,28 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed
-    names = class_names(config.classes)
+    names = data.pascal_context_classes(config.classes or None)
     L = len(names)
     files, val_files = (
         data.pascal_context_files(config.root, split, voc=config.voc or None) for split in ("train", "val")
     )
-    if not 0 <= config.held_out < len(files):
-        raise ValueError(f"held_out must lie in 0..{len(files) - 1}, got {config.held_out}")
-    order = [files[index] for index in np.random.default_rng(10).permutation(len(files))]
+    kept, rest = hold_out(files, config.held_out, seed=10)
     read_labels = partial(data.pascal_context_labels, classes=config.classes or None)
     read = partial(Samples, num_classes=L, read_labels=read_labels, seed=config.seed)
-    held_out, val = read(order[: config.held_out]), read(val_files)
+    held_out, val = read(kept), read(val_files)
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
     # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
-    network = build(config, L).to(device)
+    network = deeplab_v2(config.model, L, stride_on=config.stride_on).to(device)
+    if config.weights:
+        loaded = weights.load(network, config.weights, keep=config.keep)
+        if not rank():
+            print(loaded, flush=True)
     dcnn = MultiScale(network) if config.multi_scale else network
     images, passes = BATCHES[kind]
     train(
         dcnn,
-        read(order[config.held_out :], transform=crop),
+        read(rest, transform=crop),
         multi_scale if config.multi_scale else at_scores,
         torch.optim.SGD(parameter_groups(dcnn, config.learning_rate or RATES[kind]), momentum=0.9),
         poly_policy(config.iterations),

@@ -22,17 +22,23 @@ Nobody has run this recipe on PASCAL-Person-Part here yet: no scores of ours to 
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import nn
 
 from crfnet import weights
-from crfnet.data import DEEPLAB_SCALES, PERSON_PART_CLASSES, Crop, Samples, person_part_files, person_part_labels
+from crfnet.data import (
+    DEEPLAB_SCALES,
+    PERSON_PART_CLASSES,
+    Crop,
+    Samples,
+    hold_out,
+    person_part_files,
+    person_part_labels,
+)
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import DeepLabV2ResNet, MultiScale
+from crfnet.models import MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
@@ -75,17 +81,6 @@ class Config:
     validate_every: int = 2000
 
 
-def build(config: Config) -> nn.Module:
-    """The network at one scale, with the weights it starts from."""
-    head: Any = config.model.removeprefix("resnet-")
-    network = DeepLabV2ResNet(L, head=head, stride_on=config.stride_on)
-    if config.weights:
-        report = weights.load(network, config.weights, keep=config.keep)
-        if not rank():
-            print(report, flush=True)
-    return network
-
-
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device = start(config.device)
@@ -94,19 +89,21 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # data; 10 is DeepLab's seed
     files, val_files = (person_part_files(config.root, split, voc=config.voc or None) for split in ("train", "val"))
-    if not 0 <= config.held_out < len(files):
-        raise ValueError(f"held_out must lie in 0..{len(files) - 1}, got {config.held_out}")
-    order = [files[index] for index in np.random.default_rng(10).permutation(len(files))]
+    kept, rest = hold_out(files, config.held_out, seed=10)
     read = partial(Samples, num_classes=L, read_labels=person_part_labels, seed=config.seed)
-    held_out, val = read(order[: config.held_out]), read(val_files)
+    held_out, val = read(kept), read(val_files)
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
     # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
-    network = build(config).to(device)
+    network = deeplab_v2(config.model, L, stride_on=config.stride_on).to(device)
+    if config.weights:
+        loaded = weights.load(network, config.weights, keep=config.keep)
+        if not rank():
+            print(loaded, flush=True)
     dcnn = MultiScale(network) if config.multi_scale else network
     train(
         dcnn,
-        read(order[config.held_out :], transform=crop),
+        read(rest, transform=crop),
         multi_scale if config.multi_scale else at_scores,
         torch.optim.SGD(parameter_groups(dcnn, config.learning_rate), momentum=0.9),
         poly_policy(config.iterations),

@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from crfnet import DenseCRF, weights
-from crfnet.data import VOC_CLASSES, Crop, Samples, crfrnn_files, sbd_files, voc_or_sbd_labels
+from crfnet.data import VOC_CLASSES, Crop, Samples, crfrnn_files, sbd_files, voc_images, voc_or_sbd_labels
 from crfnet.evaluation import evaluate
 from crfnet.losses import through_crf
 from crfnet.models import CRFRNN, FCN8s, WithCRF, start_from
@@ -51,6 +51,7 @@ from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
+from crfnet.submission import write_voc_test
 from crfnet.training import Run, Settings, train
 from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
@@ -63,6 +64,7 @@ class Config:
     sbd: str = "data/benchmark_RELEASE"
     fcn8s: str = "runs/voc_fcn/fcn8s.safetensors"  # or the released caffemodel, or wkentaro's fcn8s_from_caffe.pth
     out: str = "runs/voc_crfrnn"
+    submission: str = ""  # folder for the label maps of the test images
     start: Literal["search", "gradient", "crfrnn"] = "search"  # of the CRF; crfrnn: the paper's values
     held_out: int = 100  # images kept for every choice, DeepLab's number; none that FCN-8s learnt from, SBD's train
     guards: int = 100  # training images on which training must not lose
@@ -95,6 +97,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         raise FileNotFoundError(f"fcn8s {config.fcn8s!r} is missing: voc_fcn.py writes one, and --help names others")
 
     # data: a part of train is held out for every choice, val is for the scores alone
+    test = voc_images(config.voc, "test") if config.submission else []
     files, val_files = (crfrnn_files(config.voc, config.sbd, split) for split in ("train", "val"))
     learnt = {image.stem for image, _ in sbd_files(config.sbd, "train")}  # by FCN-8s, the released one as well
     order = [files[index] for index in np.random.default_rng(config.seed).permutation(len(files))]
@@ -161,6 +164,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     report.add("joint", network)
     report.write()
     weights.save(network, out / "crfrnn.safetensors")
+    if test:
+        write_voc_test(network, test, config.submission, device=device)
     return report.scores
 
 

@@ -37,12 +37,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from crfnet import DenseCRF, weights
-from crfnet.data import VOC_CLASSES, Crop, Samples, image_sizes, pairs_files, voc_files, write_train_aug, write_voc
+from crfnet.data import (
+    VOC_CLASSES,
+    Crop,
+    Samples,
+    hold_out,
+    image_sizes,
+    pairs_files,
+    voc_files,
+    voc_images,
+    write_train_aug,
+    write_voc,
+)
 from crfnet.evaluation import evaluate
 from crfnet.images import atomic_write
 from crfnet.losses import at_scores, full_resolution, through_crf
@@ -53,6 +63,7 @@ from crfnet.processes import gather, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
+from crfnet.submission import write_voc_test
 from crfnet.training import Loss, Settings, train
 from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
@@ -92,6 +103,7 @@ class Config:
     num_classes: int = 21
     ignore_index: int = 255  # label of pixels without a class
     out: str = "runs/voc_deeplab"
+    submission: str = ""  # folder for the label maps of VOC's test images
     seed: int = 0
     threads: int = 0  # 0: as many as torch likes
     device: str = "cpu"
@@ -177,18 +189,17 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         root = write_voc(out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5))
     if config.sbd and dataset != "voc":
         raise ValueError(f"sbd adds to VOC, got data set {dataset!r}")
+    if config.submission and dataset != "voc":
+        raise ValueError(f"submission is of VOC's test images, got data set {dataset!r}")
     if config.sbd and not rank():
         write_train_aug(root, config.sbd)
     root = gather(root)[0]  # the others wait
     log(f"data set {dataset}: {root}")
     listing = pairs_files if dataset == "pairs" else voc_files
+    test = voc_images(root, "test") if config.submission else []
     own, val_files = listing(root, "train"), listing(root, "val")  # held out are VOC's own: its masks are finer
     files = voc_files(root, "train_aug") if config.sbd else own
-    if not 1 <= plan.held_out < len(own):
-        raise ValueError(f"held_out must leave training images: wanted 1..{len(own) - 1}, got {plan.held_out}")
-    order = np.random.default_rng(config.seed).permutation(len(own))
-    kept = [own[i] for i in order[: plan.held_out]]
-    rest = [own[i] for i in order[plan.held_out :]]
+    kept, rest = hold_out(own, plan.held_out, seed=config.seed, least=1)
     if config.sbd:
         names = {image for image, _ in kept}
         rest = [pair for pair in files if pair[0] not in names]
@@ -256,6 +267,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     report.add("joint", joint)
     report.write()
     if not rank():
+        if test:
+            write_voc_test(joint, test, config.submission, device=device)
         with atomic_write(out / "networks.pt") as stream:
             states = {"dcnn": dcnn, "piecewise_crf": piecewise.crf, "joint_dcnn": joint.network, "joint_crf": joint.crf}
             torch.save({"config": asdict(config)} | {name: part.state_dict() for name, part in states.items()}, stream)

@@ -24,27 +24,26 @@ Nobody has run this recipe on VOC here yet: no scores of ours to print.
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from crfnet import weights
-from crfnet.data import DEEPLAB_SCALES, VOC_CLASSES, Crop, Samples, voc_files, write_train_aug
+from crfnet.data import DEEPLAB_SCALES, VOC_CLASSES, Crop, Samples, hold_out, voc_files, voc_images, write_train_aug
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import DeepLabV2ResNet, DeepLabV2VGG, MultiScale
+from crfnet.models import DeepLabV2Name, MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy, step_policy
 from crfnet.piecewise import fit
 from crfnet.processes import gather, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
+from crfnet.submission import write_voc_test
 from crfnet.training import Settings, train
 from crfnet.tuning import DEEPLAB_V2_GRID, Grid
 
-Model = Literal["vgg-largefov", "vgg-aspp-s", "vgg-aspp-l", "resnet-plain", "resnet-largefov", "resnet-aspp"]
 L = len(VOC_CLASSES)
 RATES = {"vgg": 1e-3, "resnet": 2.5e-4}  # arXiv:1606.00915, sections 4.1.1 and 4.1.2
 BATCHES = {"vgg": (10, 1), "resnet": (1, 10)}  # images a pass, passes a step: table 2; the released solver
@@ -59,7 +58,8 @@ class Config:
     weights: str = "data/deeplabv1_resnet101-coco.pth"  # to start from: Caffe's, torchvision's, ours; "" for none
     keep: tuple[str, ...] = ()  # parameters that start anew all the same: head.* for weights of other classes
     out: str = "runs/voc_deeplab_v2"
-    model: Model = "resnet-aspp"
+    submission: str = ""  # folder for the label maps of the test images
+    model: DeepLabV2Name = "resnet-aspp"
     stride_on: Literal["reduce", "conv3x3"] = "reduce"  # of ResNet-101: conv3x3 for torchvision's weights
     multi_scale: bool = False  # the network on the image at 1, 0.75 and 0.5, the largest of the scores
     augment: bool = False  # crops of images at a scale by chance, 0.5 to 1.5
@@ -81,21 +81,6 @@ class Config:
     validate_every: int = 2000
 
 
-def build(config: Config) -> nn.Module:
-    """The network at one scale, with the weights it starts from."""
-    kind, head = config.model.split("-", 1)
-    network: Any
-    if kind == "vgg":
-        network = DeepLabV2VGG(L, head=head)  # type: ignore[arg-type]
-    else:
-        network = DeepLabV2ResNet(L, head=head, stride_on=config.stride_on)  # type: ignore[arg-type]
-    if config.weights:
-        report = weights.load(network, config.weights, keep=config.keep)
-        if not rank():
-            print(report, flush=True)
-    return network
-
-
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
@@ -106,17 +91,19 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     gather(None)  # the others wait for the list
 
     # data: held out are images of VOC's own, whose masks are finer than SBD's; 10 is DeepLab's seed
-    files, own = voc_files(config.voc, "train_aug"), voc_files(config.voc, "train")
-    if not 0 <= config.held_out < len(own):
-        raise ValueError(f"held_out must lie in 0..{len(own) - 1}, got {config.held_out}")
-    chosen = [own[index] for index in np.random.default_rng(10).permutation(len(own))[: config.held_out]]
+    files, test = voc_files(config.voc, "train_aug"), voc_images(config.voc, "test") if config.submission else []
+    chosen, _ = hold_out(voc_files(config.voc, "train"), config.held_out, seed=10)
     names = {image.stem for image, _ in chosen}
     read = partial(Samples, num_classes=L, seed=config.seed)
     held_out, val = read(chosen), read(voc_files(config.voc, "val"))
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
     # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
-    network = build(config).to(device)
+    network = deeplab_v2(config.model, L, stride_on=config.stride_on).to(device)
+    if config.weights:
+        loaded = weights.load(network, config.weights, keep=config.keep)
+        if not rank():
+            print(loaded, flush=True)
     dcnn = MultiScale(network) if config.multi_scale else network
     images, passes = BATCHES[kind]
     train(
@@ -140,12 +127,15 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         weights.save(network, out / "dcnn.safetensors")
 
     # 2. piecewise: the CRF that does best on the held-out images
+    best: nn.Module = dcnn
     if chosen:
-        both, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
-        report.add("piecewise", both)
+        best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
+        report.add("piecewise", best)
         if not rank():
-            weights.save(both, out / "piecewise.safetensors")
+            weights.save(best, out / "piecewise.safetensors")
     report.write()
+    if test and not rank():
+        write_voc_test(best, test, config.submission, device=device)
     return report.scores
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from slim import slim
 
-from crfnet import DenseCRF, weights
+from crfnet import DenseCRF, images, weights
 from crfnet.data import write_voc
 from crfnet.models import DeepLabV1MSc, SmallDeepLab
 from crfnet.tuning import Grid
@@ -42,6 +42,8 @@ def recipe():
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     write_voc(root, num_train=6, num_val=2, height=32, width=40)
+    lists = root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    (lists / "test.txt").write_text((lists / "val.txt").read_text())
     return root
 
 
@@ -144,14 +146,19 @@ def test_recipe_imports_without_tyro_and_tqdm():
 
 def test_a_root_alone_is_a_voc_folder_and_is_left_as_it_was(recipe, scenes, tmp_path):
     before = sorted(scenes.rglob("*"))
-    recipe.main(recipe.Config(root=str(scenes), out=str(tmp_path), **TINY))
+    submission = tmp_path / "submission"
+    recipe.main(recipe.Config(root=str(scenes), out=str(tmp_path / "out"), submission=str(submission), **TINY))
     assert sorted(scenes.rglob("*")) == before
-    assert not list(tmp_path.glob("scenes-*"))
+    assert not list((tmp_path / "out").glob("scenes-*"))
+    maps = list((submission / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls").iterdir())
+    assert len(maps) == 2 and all(images.read_labels(path).shape == (32, 40) for path in maps)
 
 
 def test_scenes_are_never_drawn_into_a_given_folder(recipe, tmp_path):
     with pytest.raises(ValueError, match="dataset 'synthetic' wants no root"):
         recipe.main(recipe.Config(dataset="synthetic", root=str(tmp_path), out=str(tmp_path / "out"), **TINY))
+    with pytest.raises(ValueError, match="submission is of VOC's test images, got data set 'synthetic'"):
+        recipe.main(recipe.Config(submission=str(tmp_path / "maps"), out=str(tmp_path / "out"), **TINY))
 
 
 def test_largefov_then_its_msc_branches(recipe, scenes, tmp_path):

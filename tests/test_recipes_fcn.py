@@ -173,6 +173,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
         if name in "acde":
             Image.fromarray(image).save(sbd / "img" / f"{name}.jpg")
             scipy.io.savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": labels}})
+    (voc / "ImageSets" / "Segmentation" / "test.txt").write_text("b\n")
     for folder, lists in ((voc / "ImageSets" / "Segmentation", ("ab", "cf")), (sbd, ("ad", "ce"))):
         for split, names in zip(("train", "val"), lists, strict=True):
             (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
@@ -211,16 +212,18 @@ def crfrnn(both, fcn8s, tmp_path):
 def test_crfrnn_from_every_start_and_the_same_again_when_resumed(crfrnn, tmp_path, start):
     recipe, tiny = crfrnn
     with slim(32):
-        scores = recipe.main(recipe.Config(start=start, **tiny))
+        scores = recipe.main(recipe.Config(start=start, submission=str(tmp_path / "test"), **tiny))
         assert list(scores) == ["fcn8s", "crf" if start == "crfrnn" else "piecewise", "joint"]
         assert scores["fcn8s"]["mean_iou"] > 0.5  # or nothing could fall
         assert json.loads((tmp_path / "results.json").read_text()) == scores
         more = {"search": {"search.csv", "search.png"}, "gradient": {"gradient"}}.get(start, set())
-        assert names_in(tmp_path) == FILES | {"joint", "crfrnn.safetensors"} | more
+        assert names_in(tmp_path) == FILES | {"joint", "crfrnn.safetensors", "test"} | more
         network = CRFRNN()
         weights.load(network, tmp_path / "crfrnn.safetensors")
         assert (network.crf.num_iterations, network.crf.num_iterations_eval) == (5, 10)
         assert recipe.main(recipe.Config(start=start, resume=True, **tiny)) == scores
+    (labels,) = (tmp_path / "test").rglob("*.png")
+    assert labels.name == "b.png" and set(np.unique(images.read_labels(labels))) == {0, 7}
     header, first, *_ = (tmp_path / "joint" / "log.csv").read_text().splitlines()
     assert {"mean_iou", "train_iou"} < set(header.split(",")) and first.startswith("0,")  # the start is measured
 

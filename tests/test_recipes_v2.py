@@ -86,7 +86,7 @@ def voc2010(root: Path, drawn: list[np.ndarray], lists: bool) -> None:
 
 
 def voc(root: Path) -> dict:
-    """Three images in VOC's train, two in val, two more in SBD, all beside each other."""
+    """Three images in VOC's train, two in val, one in test, two more in SBD, all beside each other."""
     folder, sbd = root / "VOCdevkit" / "VOC2012", root / "benchmark_RELEASE" / "dataset"
     (folder / "SegmentationClass").mkdir(parents=True)
     (folder / "ImageSets" / "Segmentation").mkdir(parents=True)
@@ -100,7 +100,8 @@ def voc(root: Path) -> dict:
     for split, names, more in (("train", "0\n1\n2\n", "5\n3\n"), ("val", "3\n4\n", "6\n")):
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(names)
         (sbd / f"{split}.txt").write_text(more)
-    return {"voc": str(root), "sbd": str(root)}
+    (folder / "ImageSets" / "Segmentation" / "test.txt").write_text("6\n")
+    return {"voc": str(root), "sbd": str(root), "submission": str(root.parent / "submission")}
 
 
 def cityscapes(root: Path) -> dict:
@@ -143,7 +144,7 @@ def persons(root: Path) -> dict:
 
 CASES = {  # recipe: its data, flags, number of classes
     "voc_deeplab_v2": (voc, {"model": "resnet-aspp", "multi_scale": True, "augment": True}, 21),
-    "cityscapes_deeplab": (cityscapes, {"model": "resnet-largefov", "augment": True}, 19),
+    "cityscapes_deeplab": (cityscapes, {"model": "resnet-largefov", "augment": True, "tile": 20}, 19),
     "pascal_context": (context, {"model": "vgg-largefov", "multi_scale": True}, 60),
     "person_part": (persons, {"model": "resnet-plain", "augment": True}, 7),
 }
@@ -201,17 +202,20 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
         (path,) = (tmp_path / "submission").iterdir()
         assert path.name == "aachen_000003_000019_labelIds.png"
         assert set(np.unique(images.read_labels(path))) <= set(CITYSCAPES_LABEL_IDS)
+    if name == "voc_deeplab_v2":
+        (path,) = (tmp_path / "submission").glob("results/VOC2012/Segmentation/comp6_test_cls/*")
+        assert path.name == "6.png" and images.read_labels(path).shape == (H, W + 6)
 
 
 @pytest.mark.filterwarnings("ignore:train(val)?_aug has . images here")
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("voc_deeplab_v2", {"held_out": 3}, r"held_out must lie in 0\.\.2, got 3"),
+        ("voc_deeplab_v2", {"held_out": 3}, r"held_out must leave training images: wanted 0\.\.2, got 3"),
         ("voc_deeplab_v2", {"crop": 41}, r"labels must have 32 k \+ 1 pixels an axis, .* got \(41, 41\)"),
         ("voc_deeplab_v2", {"sbd": ""}, r"train_aug\.txt .* is missing \(crfnet\.data\.write_train_aug makes it\)"),
         ("voc_deeplab_v2", {"weights": "nowhere.pth"}, r"nowhere\.pth"),
-        ("cityscapes_deeplab", {"held_out": -1}, r"held_out must lie in 0\.\.1, got -1"),
+        ("cityscapes_deeplab", {"held_out": -1}, r"held_out must leave training images: wanted 0\.\.1, got -1"),
         ("cityscapes_deeplab", {"device": "cuda:9"}, r"device must be there, got cuda:9 of . GPUs that torch sees"),
         ("cityscapes_deeplab", {"crop": 32}, r"labels must have 8 k \+ 1 pixels an axis"),
         ("pascal_context", {"classes": "nowhere.txt"}, r"the list of classes nowhere\.txt is missing"),
@@ -246,14 +250,14 @@ def test_context_takes_names_of_classes_from_a_file(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("0: background\n1: dog\n2: wood\n")
     recipe, config = configured("pascal_context", tmp_path, classes=str(names), held_out=0)
-    assert recipe.class_names(str(names)) == ("background", "dog", "wood")
-    assert recipe.class_names("") == data.PASCAL_CONTEXT_CLASSES
+    assert data.pascal_context_classes(str(names)) == ("background", "dog", "wood")
+    assert data.pascal_context_classes() == data.PASCAL_CONTEXT_CLASSES
     recipe.main(config)
     head = weights.read(tmp_path / "out" / "dcnn.safetensors")["head.branches.0.fc8.weight"]
     assert len(head) == 3
     assert "wood" in (tmp_path / "out" / "report.md").read_text()
     names.write_text("dog\nwood\n")
-    assert recipe.class_names(str(names)) == ("background", "dog", "wood")
+    assert data.pascal_context_classes(names) == ("background", "dog", "wood")
 
 
 def test_a_network_of_other_classes_is_a_start_but_for_its_scores(tmp_path, capsys):

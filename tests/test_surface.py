@@ -9,7 +9,8 @@ import pytest
 from crfnet import plots, surface
 from crfnet.plots import BOTTOM, COLOURS, INK, LEFT, Canvas, font
 from crfnet.surface import MAP, SCALE, surface_plot
-from crfnet.tuning import Parameters, Search, Trial
+from crfnet.trials import Parameters, Trial
+from crfnet.tuning import Search
 
 COARSE = ((3.0, 5.0, 8.0), (30.0, 55.0, 100.0), (3.0, 6.0, 12.0), (3.0,), (1.0,))
 

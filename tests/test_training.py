@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from slim import make
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from crfnet import DenseCRF, checkpoints, training
+from crfnet.batches import loader
 from crfnet.data import Crop, Samples
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution, multi_scale_parts, through_crf
@@ -37,7 +36,7 @@ from crfnet.models import (
     WithCRF,
 )
 from crfnet.optim import parameter_groups, poly_policy, step_policy
-from crfnet.training import Order, Run, Settings, train
+from crfnet.training import Run, Settings, train
 
 COUNT, CLASSES = 5, 3
 SIZE = (9, 8)
@@ -335,46 +334,10 @@ def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints(root, tmp_path, mon
 # the order of images
 
 
-@given(
-    count=st.integers(1, 9),
-    batch=st.integers(1, 6),
-    start=st.integers(0, 7),
-    more=st.integers(0, 12),
-    seed=st.integers(-3, 9),
-)
-def test_each_epoch_has_every_image_once_and_any_start_goes_on_alike(count, batch, start, more, seed):
-    batches = list(Order(count, batch, seed=seed, start=0, stop=start + more))
-    assert list(Order(count, batch, seed=seed, start=start, stop=start + more)) == batches[start:]
-    assert all(len(chosen) == batch for chosen in batches)
-    drawn = [pair for chosen in batches for pair in chosen]
-    assert [epoch for epoch, _ in drawn] == [place // count for place in range(len(drawn))]
-    for epoch in range(len(drawn) // count):
-        assert sorted(index for e, index in drawn if e == epoch) == list(range(count))
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    epochs = [tuple(index for _, index in chosen) for chosen in Order(20, 20, seed=0, start=0, stop=5)]
-    (other,) = Order(20, 20, seed=1, start=0, stop=1)
-    assert len({*epochs, tuple(index for _, index in other)}) == 6
-
-
-def test_processes_share_each_batch(monkeypatch):
-    whole = list(Order(7, 6, seed=2, start=3, stop=9))
-    monkeypatch.setattr(training, "world_size", lambda: 3)
-    shares = []
-    for number in range(3):
-        monkeypatch.setattr(training, "rank", lambda number=number: number)
-        shares.append(list(Order(7, 6, seed=2, start=3, stop=9)))
-    assert [
-        [pair for trio in zip(*parts, strict=True) for pair in trio] for parts in zip(*shares, strict=True)
-    ] == whole
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_batches_do_not_depend_on_the_workers_nor_touch_the_random_numbers(root):
     samples, random_state = read_samples(root), torch.get_rng_state()
-    settings = Settings(4, 2, accumulate=2, seed=1)
-    alone, helped = (list(training._loader(samples, replace(settings, workers=w), 1)) for w in (0, 2))
+    alone, helped = (list(loader(samples, 2, seed=1, start=2, stop=8, workers=w)) for w in (0, 2))
     assert len(alone) == len(helped) == 6
     for one, other in zip(alone, helped, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -549,7 +512,8 @@ def test_batch_norm_that_learns_is_shared_and_frozen_norms_stay():
 
 
 def batch_of(samples: Samples, settings: Settings) -> list:
-    return list(training._loader(samples, settings, 0))
+    count = settings.iterations * settings.accumulate
+    return list(loader(samples, settings.batch_size, seed=settings.seed, start=0, stop=count))
 
 
 def test_accumulated_gradients_are_the_mean_of_the_batches_as_caffes_iter_size(root):

@@ -11,7 +11,8 @@ from crfnet import DenseCRF, dense_crf, tuning
 from crfnet.data import Crop, Samples, voc_files, write_voc
 from crfnet.metrics import ConfusionMatrix
 from crfnet.models import WithCRF
-from crfnet.tuning import DEEPLAB_V1_GRID, DEEPLAB_V2_GRID, Grid, Parameters, search, unaries
+from crfnet.trials import Parameters
+from crfnet.tuning import DEEPLAB_V1_GRID, DEEPLAB_V2_GRID, Grid, search, unaries
 
 GRID = {"bilateral_weight": (2.0, 6.0), "theta_alpha": (6.0,), "theta_beta": (8.0, 20.0)}
 

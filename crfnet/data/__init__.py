@@ -30,9 +30,15 @@ from crfnet.data.cityscapes import (
     cityscapes_labels,
     write_submission,
 )
+from crfnet.data.held_out import hold_out
 from crfnet.data.nyud import NYUD_CLASSES, nyud_files, nyud_labels, read_colour_depth, read_colour_hha, read_hha
 from crfnet.data.pairs import pairs_files
-from crfnet.data.pascal_context import PASCAL_CONTEXT_CLASSES, pascal_context_files, pascal_context_labels
+from crfnet.data.pascal_context import (
+    PASCAL_CONTEXT_CLASSES,
+    pascal_context_classes,
+    pascal_context_files,
+    pascal_context_labels,
+)
 from crfnet.data.person_part import (
     PERSON_PART_CLASSES,
     person_part_files,
@@ -57,9 +63,9 @@ __all__ = [
     "DEEPLAB_SCALES", "NYUD_CLASSES", "PASCAL_CONTEXT_CLASSES", "PERSON_PART_CLASSES", "SIFTFLOW_CLASSES",
     "SIFTFLOW_GEOMETRIC", "VOC_CLASSES", "VOID",
     "Crop", "Samples", "camvid_files", "camvid_labels", "cityscapes_files", "cityscapes_images", "cityscapes_labels",
-    "crfrnn_files", "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files",
-    "pascal_context_files", "pascal_context_labels", "person_part_files", "person_part_labels", "read_colour_depth",
-    "read_colour_hha", "read_hha", "read_sample", "sbd_files", "sbd_labels", "seg11valid_files", "siftflow_files",
-    "siftflow_labels", "voc_files", "voc_images", "voc_or_sbd_labels", "write_person_part_lists", "write_submission",
-    "write_train_aug", "write_voc", "write_voc_results",
+    "crfrnn_files", "hold_out", "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files",
+    "pascal_context_classes", "pascal_context_files", "pascal_context_labels", "person_part_files",
+    "person_part_labels", "read_colour_depth", "read_colour_hha", "read_hha", "read_sample", "sbd_files", "sbd_labels",
+    "seg11valid_files", "siftflow_files", "siftflow_labels", "voc_files", "voc_images", "voc_or_sbd_labels",
+    "write_person_part_lists", "write_submission", "write_train_aug", "write_voc", "write_voc_results",
 ]  # fmt: skip

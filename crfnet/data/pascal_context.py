@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from crfnet.data.label_maps import label_map, relabel
-from crfnet.data.lists import find_folder, read_list, want_pair
+from crfnet.data.lists import find_folder, read_list, want_file, want_pair
 from crfnet.data.matlab import read_mat
 from crfnet.data.voc import voc_folder
 from crfnet.images import Uint8
@@ -57,6 +57,19 @@ def pascal_context_files(
     ]
 
 
+def pascal_context_classes(classes: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Names of the labels 0, 1, ... that `pascal_context_labels` gives with the same file: background comes first.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it has other lines.
+    """
+    if classes is None:
+        return PASCAL_CONTEXT_CLASSES
+    names = _names(want_file(Path(classes), "the list of classes"))
+    return ("background", *(name for index, name in names if index))
+
+
 def pascal_context_labels(path: Path, *, classes: str | os.PathLike[str] | None = None) -> Uint8:
     """The labels of an annotation, (H, W): 0 background, 1..59 the classes.
 
@@ -88,11 +101,8 @@ def _labels_txt(path: Path) -> Path:
 def _table(labels_txt: Path, classes: Path | None) -> dict[int, int]:
     """Class of each index of labels.txt."""
     indices = {name: index for index, name in _names(labels_txt) if index}
-    wanted: tuple[str, ...] = PASCAL_CONTEXT_CLASSES[1:]
-    if classes is not None:
-        wanted = tuple(name for index, name in _names(classes) if index)
     table = {0: 0} | dict.fromkeys(indices.values(), 0)
-    for class_, name in enumerate(wanted, 1):
+    for class_, name in enumerate(pascal_context_classes(classes)[1:], 1):
         found = indices.get(name, indices.get(_ALIASES.get(name, name)))
         if found is None:
             raise ValueError(f"{labels_txt} has no label {name!r}, a class of {classes or 'PASCAL-Context'}")

@@ -5,6 +5,7 @@ from crfnet.models.backbone import BackboneDeepLab
 from crfnet.models.crfrnn import CRFRNN
 from crfnet.models.deeplab_v1 import DeepLabV1
 from crfnet.models.deeplab_v1_msc import DeepLabV1MSc
+from crfnet.models.deeplab_v2 import DeepLabV2Name, deeplab_v2
 from crfnet.models.deeplab_v2_resnet import DeepLabV2ResNet
 from crfnet.models.deeplab_v2_vgg import DeepLabV2VGG
 from crfnet.models.dilate import dilate
@@ -28,6 +29,7 @@ from crfnet.models.preprocess import (
 )
 from crfnet.models.resnet import ResNet
 from crfnet.models.small import SmallDeepLab
+from crfnet.models.tiled import Tiled
 from crfnet.models.with_crf import WithCRF
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Convention",
     "DeepLabV1",
     "DeepLabV1MSc",
+    "DeepLabV2Name",
     "DeepLabV2ResNet",
     "DeepLabV2VGG",
     "FCN8s",
@@ -59,7 +62,9 @@ __all__ = [
     "SiftFlowFCN",
     "SmallDeepLab",
     "TORCHVISION",
+    "Tiled",
     "WithCRF",
+    "deeplab_v2",
     "dilate",
     "start_from",
 ]
