@@ -20,6 +20,7 @@ from crfnet import __version__, dense_crf
 from crfnet.batch import plan, run
 from crfnet.comparison import Comparison, named, widths
 from crfnet.doctor import compile_kernels, describe, examine
+from crfnet.layouts import LAYOUTS
 from crfnet.ops import METHODS, NORMALIZATIONS
 from crfnet.ops.gpu.target import TARGETS
 from crfnet.refine import Refined, refine_file
@@ -172,6 +173,12 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
         "`prediction truth`, paths relative to the list",
     )
     add("truth", metavar="TRUTH", type=Path, nargs="?", help="folder of PNGs of the same stems, or one PNG")
+    add(
+        "--dataset",
+        choices=LAYOUTS,
+        default="plain",
+        help="cityscapes: *_labelIds.png of the same frames, as trainIds (%(default)s: the same stems, as they are)",
+    )
     add("--split", type=Path, metavar="LIST", help="score the names of this list alone, as ImageSets/.../val.txt")
     add(
         "--compare",
@@ -252,6 +259,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             [args.predictions, *args.compare],
             args.truth,
             split=args.split,
+            layout=LAYOUTS[args.dataset],
             num_classes=args.num_classes,
             ignore_label=args.ignore_label,
             names=args.names,

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from crfnet.batch import PICTURES, by_stem
 from crfnet.curves import WIDTHS, trimap_plot
-from crfnet.images import atomic_write, read_image, read_labels, write_image
+from crfnet.images import atomic_write, read_image, write_image
+from crfnet.layouts import PLAIN, Layout
 from crfnet.panels import comparison_picture
 from crfnet.refine import check_outputs
 from crfnet.scoring import Pair, Scored, match, read_names, some
@@ -49,6 +49,7 @@ class Comparison:
         methods: name and predictions of each, as `crfnet.scoring.match` takes them.
         truth: None where the predictions are lists.
         split: list of the names that count.
+        layout: how the files of the data set are called, and what they hold.
         num_classes: labels are 0..num_classes-1; by default as many as there are names, or as occur.
         ignore_label: void in the truth.
         names: file of class names.
@@ -56,7 +57,7 @@ class Comparison:
         curve: plot to write; it has widths 1..40 whatever ``widths`` says.
         json: file to write.
         panels: folder to write pictures into, of the images on which the first method is worst.
-        photos: folder of photos by the stems of the predictions, to show in the panels.
+        photos: folder of photos by the names of the predictions, to show in the panels.
         most: how many panels.
         overwrite: replace outputs that exist.
 
@@ -70,6 +71,7 @@ class Comparison:
         truth: Path | None,
         *,
         split: Path | None = None,
+        layout: Layout = PLAIN,
         num_classes: int | None = None,
         ignore_label: int = 255,
         names: Path | None = None,
@@ -84,20 +86,23 @@ class Comparison:
         called = [name for name, _ in methods]
         if twice := sorted({name for name in called if called.count(name) > 1}):
             raise ValueError(f"two methods are called {', '.join(twice)}; NAME=PATH gives each a name of its own")
-        self.names = None if names is None else read_names(names)
+        self.layout = layout
+        self.names: Sequence[str] | None = layout.names or None if names is None else read_names(names)
         if self.names is not None and num_classes not in (None, len(self.names)):
             raise ValueError(
-                f"{names} names {len(self.names)} classes, but num_classes (--num-classes) is {num_classes}"
+                f"{names or 'the data set'} names {len(self.names)} classes, "
+                f"but num_classes (--num-classes) is {num_classes}"
             )
         self.num_classes = num_classes or (len(self.names) if self.names is not None else None)
         self.ignore_label, self.truth, self.asked = ignore_label, truth, tuple(widths)
-        self.files = {name: match(path, truth, split=split) for name, path in methods}
+        self.files = {name: match(path, truth, split=split, layout=layout) for name, path in methods}
         self._want_one_truth()
         self.curve, self.json, self.panels, self.most = curve, json, panels, most
         self.photos = self._matched_photos(photos)
         self._want_outputs(overwrite, [path for path in (truth, split, names) if path is not None])
         bands = sorted({*widths, *(WIDTHS if curve is not None else ())})
-        self.scored = {name: Scored(self.num_classes, ignore_label=ignore_label, widths=bands) for name in self.files}
+        settings: dict[str, Any] = {"ignore_label": ignore_label, "widths": bands, "layout": layout}
+        self.scored = {name: Scored(self.num_classes, **settings) for name in self.files}
 
     def _want_one_truth(self) -> None:
         (first, pairs), *others = self.files.items()
@@ -134,10 +139,10 @@ class Comparison:
             raise ValueError(f"{folder}: photos (--images) are for panels (--panels), which are not asked for")
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-        found = by_stem(folder, PICTURES)
-        stems = [prediction.stem for prediction, _ in next(iter(self.files.values()))]
-        if missing := [stem for stem in stems if stem not in found]:
-            raise ValueError(f"{folder} has no photo for {len(missing)} of {len(stems)} predictions: {some(missing)}")
+        found = self.layout.photos(folder)
+        names = [self.layout.name_of(prediction) for prediction, _ in next(iter(self.files.values()))]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"{folder} has no photo for {len(missing)} of {len(names)} predictions: {some(missing)}")
         return found
 
     @property
@@ -183,13 +188,17 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         digits = len(str(len(worst)))
         for rank, (prediction, truth) in enumerate(worst, 1):
-            called = {name: read_labels(paths[truth.resolve()]) for name, paths in by_truth.items()}
-            photo = read_image(self.photos[prediction.stem]) if self.photos else None
+            called = {name: self.layout.read(paths[truth.resolve()]) for name, paths in by_truth.items()}
+            shown = self.layout.name_of(prediction)
+            photo = read_image(self.photos[shown]) if self.photos else None
             try:
-                picture = comparison_picture(read_labels(truth), called, photo=photo, ignore_label=self.ignore_label)
+                picture = comparison_picture(
+                    self.layout.read(truth), called, photo=photo, ignore_label=self.ignore_label,
+                    palette=self.layout.palette,
+                )  # fmt: skip
             except ValueError as error:
-                raise ValueError(f"{self.photos.get(prediction.stem, prediction)}: {error}") from error
-            write_image(folder / f"{rank:0{digits}}_{prediction.stem}.png", picture)
+                raise ValueError(f"{self.photos.get(shown, prediction)}: {error}") from error
+            write_image(folder / f"{rank:0{digits}}_{shown}.png", picture)
 
     def report(self) -> dict[str, Any]:
         """As JSON takes it: the scores of the first method, and under ``compared`` those of the others by name."""

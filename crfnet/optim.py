@@ -1,13 +1,16 @@
 """Learning rates of the papers: which parameters learn how fast, and how that decays.
 
-| parameters                  | learning rate | weight decay | source                                         |
+Factors of the learning rate and of the weight decay:
+
+| parameters                  | lr_mult       | decay_mult   | source                                         |
+| --------------------------- | ------------- | ------------ | ---------------------------------------------- |
 | weights                     | 1             | 1            |                                                |
 | biases                      | 2             | 0            | every Caffe prototxt (lr_mult 2, decay_mult 0) |
 | biases of deconvolutions    | 1             | 0            | CRF-RNN's score2, which alone has one          |
 | weights of the score layers | 10            | 1            | DeepLab v1 and v2; 1 in FCN                    |
 | biases of the score layers  | 20            | 0            | likewise; 2 in FCN                             |
 | batch norm, where it learns | 1             | 0            |                                                |
-| the CRF's                   | its own       | 0 (ours)     | CRF-RNN: 1e4 for weights, 1e3 compatibilities  |
+| the CRF's                   | its own       | 0 (ours)     | CRF-RNN: 1e4 for weights, 1e3 compatibility     |
 
     step   lr * gamma^floor(iteration / every)        (arXiv:1412.7062, section 5)
     poly   lr * (1 - iteration / total)^power         (arXiv:1606.00915, section 4.1.2)

@@ -1,7 +1,7 @@
 """Piecewise training, DeepLab's way: the DCNN is done, and a CRF is fitted to what it says on held-out images.
 
-both, found = fit(dcnn, held_out, DEEPLAB_V1_GRID, Path("runs/x"))          by search: writes search.csv and search.png
-joint = WithCRF(dcnn, DenseCRF(21, **asdict(found.parameters)))             to train on from there
+    both, found = fit(dcnn, held_out, DEEPLAB_V1_GRID, Path("runs/x"))      by search: writes search.csv and search.png
+    joint = WithCRF(dcnn, DenseCRF(21, **asdict(found.parameters)))         to train on from there
 
 By gradient, where one weight a kernel is not enough: ``WithCRF(dcnn, crf, frozen=True)`` in `crfnet.training.train`.
 
@@ -54,6 +54,8 @@ def fit(
 
     Raises:
         ValueError: what `crfnet.tuning.search` raises; search.csv is of another search.
+        TypeError: the network returns something else than one tensor (1, L, h, w).
+        OSError: the folder cannot be written.
     """
     found = None
     if not rank():
@@ -62,7 +64,7 @@ def fit(
         if not resume:
             (folder / "search.csv").unlink(missing_ok=True)
         found = search(
-            images, logits, labels, **asdict(grid), table=folder / "search.csv", progress=bar("search")
+            images, logits, labels, **asdict(grid), device=device, table=folder / "search.csv", progress=bar("search")
         )  # fmt: skip
         write_image(folder / "search.png", surface_plot(found))
         change = f"held-out mean IoU {found.without_crf.mean_iou:.4f} → {found.best.mean_iou:.4f}"

@@ -8,6 +8,7 @@ report.write()                                          writes report.md, trimap
 
 import json
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from crfnet.processes import add_up, rank, world_size
 from crfnet.tables import class_table, gain_table, score_table, trimap_table
 
 TRIMAP = 3  # pixels, the width that results.json has
-SHOWN = (1, 2, 3, 5, 10, 20, 40)  # pixels, in the table
+TABLE_WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # pixels
 
 
 class Report:
@@ -55,7 +56,7 @@ class Report:
     ) -> None:
         self.folder, self.samples, self.names, self.palette, self.device = folder, samples, names, palette, device
         count = min(pictures, len(samples))
-        self.shown = [int(index) for index in np.linspace(0, len(samples) - 1, count).round()]
+        self.pictured = [int(index) for index in np.linspace(0, len(samples) - 1, count).round()]
         self.scores: dict[str, dict[str, float]] = {}
         self.matrices: dict[str, ConfusionMatrix] = {}
         self.curves: dict[str, TrimapCurve] = {}
@@ -71,7 +72,8 @@ class Report:
             samples: the same ones read otherwise, for a network that takes other channels.
 
         Returns:
-            mean_iou, pixel_accuracy, mean_accuracy, frequency_weighted_iou, trimap_iou_3px: fractions.
+            mean_iou, pixel_accuracy, mean_accuracy, frequency_weighted_iou, trimap_iou_3px: fractions, NaN where there
+            is no such pixel (null in results.json).
 
         Raises:
             ValueError: other samples than those of the report.
@@ -84,11 +86,11 @@ class Report:
         self.called[row] = {}
         with in_eval_mode(network):
             for index in range(len(samples)):
-                if index % world_size() != rank() and (rank() or index not in self.shown):
+                if index % world_size() != rank() and (rank() or index not in self.pictured):
                     continue
                 image, labels, _ = samples[index]
                 called = network(image[None].to(self.device)).argmax(1)[0].cpu()
-                if index in self.shown:
+                if index in self.pictured:
                     self.called[row][index] = called.byte().numpy()
                 if index % world_size() == rank():
                     matrix.add(called, labels)
@@ -97,30 +99,32 @@ class Report:
         self.matrices[row], self.curves[row] = matrix, curve
         narrow = curve.mean_iou()[curve.widths.index(TRIMAP)]
         self.scores[row] = {**matrix.scores(), f"trimap_iou_{TRIMAP}px": narrow}
-        self._write("results.json", (json.dumps(self.scores, indent=2) + "\n").encode())
+        plain = {name: {k: None if isnan(v) else v for k, v in scores.items()} for name, scores in self.scores.items()}
+        self._write("results.json", (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
         if not rank():
             line = ", ".join(f"{name} {100 * value:.2f}" for name, value in self.scores[row].items())
             print(f"{row}: {line}", flush=True)
         return self.scores[row]
 
     def write(self) -> None:
-        """The tables as Markdown, the trimap curves and the pictures."""
+        """The tables as Markdown, the trimap curves, where the labels have a boundary, and the pictures."""
         if rank():
             return
         first, *others = self.matrices
-        parts = [score_table(self.matrices, markdown=True), trimap_table(self.curves, SHOWN, markdown=True)]
+        parts = [score_table(self.matrices, markdown=True), trimap_table(self.curves, TABLE_WIDTHS, markdown=True)]
         parts.append(f"## {first}\n\n{class_table(self.matrices[first], self.names, markdown=True)}")
         for row in others:
             table = gain_table(self.matrices[first], self.matrices[row], self.names, markdown=True)
             parts.append(f"## {row} against {first}\n\n{table}")
         self._write("report.md", ("\n\n".join(parts) + "\n").encode())
-        write_image(self.folder / "trimap.png", trimap_plot(self.curves))
+        if all(bool(curve.counts.any()) for curve in self.curves.values()):  # there are boundaries
+            write_image(self.folder / "trimap.png", trimap_plot(self.curves))
         write_image(self.folder / "panel.png", self._panel())
 
     def _panel(self) -> Uint8:
         """The pictures below each other, (H, W, 3)."""
         rows = []
-        for index in self.shown:
+        for index in self.pictured:
             image, labels, _ = self.samples[index]
             photo = image.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
             called = {row: maps[index] for row, maps in self.called.items()}

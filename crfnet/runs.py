@@ -1,34 +1,44 @@
-"""The folder of a run: the settings it was made with, which one that goes on must share.
+"""The folder of a run, and the settings in it, which a run that goes on must share.
 
 A checkpoint knows its optimiser and its samples, but not the transform, weights or CRF that a recipe began with.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from crfnet.images import atomic_write
 from crfnet.processes import rank
+from crfnet.weights import want_safetensors
 
-# what changes nothing in the result of a stage: where it runs, what is written, how many stages there are
-FREE = (
-    "checkpoint_every", "device", "last", "out", "resume", "rows", "submission", "tensorboard", "threads", "workers",
-)  # fmt: skip
+# may differ when a run goes on: where it runs, though other threads and devices have other last bits; what is written
+FREE = ("checkpoint_every", "device", "out", "resume", "submission", "tensorboard", "threads", "workers")
 
 
-def begin(config: Any) -> Path:
+def begin(config: Any, *, free: Sequence[str] = (), networks: bool = True) -> Path:
     """Makes the folder ``config.out``, writes config.json into it and prints the settings; returns the folder.
+
+    What would end the run hours later is said now, and nothing of an earlier run is touched.
 
     Args:
         config: a recipe's dataclass with ``out`` and ``resume``. Of several processes the first writes.
+        free: further settings that may differ when a run goes on, as how many stages there are.
+        networks: whether they will be saved, as safetensors.
 
     Raises:
-        ValueError: ``resume`` with other settings than those in config.json; it names them.
+        ValueError: ``resume`` with other settings than those in config.json, which it names, or without it checkpoints
+            of an earlier run.
+        ImportError: ``networks`` without the library safetensors.
     """
     folder = Path(config.out)
+    if networks:
+        want_safetensors()
     if rank():
         return folder
+    if not config.resume and (found := sorted(folder.glob("*/iteration-*.pt"))):
+        raise ValueError(f"{found[-1]} is of a run before: resume goes on from it; or take another out")
     print(config, flush=True)
     now = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they will come back
     path = folder / "config.json"
@@ -37,7 +47,7 @@ def begin(config: Any) -> Path:
             then = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: is no JSON, so what the run began with is not known: {error}") from error
-        names = sorted((now.keys() | then.keys()) - set(FREE))
+        names = sorted((now.keys() | then.keys()) - {*FREE, *free})
         differ = [
             f"{name} {then.get(name)} then and {now.get(name)} now" for name in names if then.get(name) != now.get(name)
         ]

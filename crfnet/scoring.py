@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from crfnet.batch import LABEL_MAPS, by_stem
 from crfnet.curves import TrimapCurve
 from crfnet.data.lists import read_list
-from crfnet.images import read_labels
+from crfnet.layouts import PLAIN, Layout
 from crfnet.metrics import ConfusionMatrix
 from crfnet.tables import class_names
 
@@ -25,19 +24,22 @@ ALL_LABELS = 256  # what 8 bits hold
 SHOWN = 5  # names in a message
 
 
-def match(predictions: Path, truth: Path | None = None, *, split: Path | None = None) -> list[Pair]:
-    """Prediction and truth of every image, by stem.
+def match(
+    predictions: Path, truth: Path | None = None, *, split: Path | None = None, layout: Layout = PLAIN
+) -> list[Pair]:
+    """Prediction and truth of every image, by the name that they share.
 
     Args:
         predictions: a folder of label maps, one label map, or without ``truth`` a list of ``prediction truth`` lines,
             paths relative to the list's folder.
         truth: a folder, or one label map.
         split: a list of names, such as ``ImageSets/Segmentation/val.txt``: they alone count. Without it both folders
-            must hold the same stems.
+            must hold the same names.
+        layout: which names files have, their stems unless given.
 
     Raises:
         FileNotFoundError: something named is missing.
-        ValueError: a file with a folder, an empty folder or list, or a stem that one folder lacks or has twice.
+        ValueError: a file with a folder, an empty folder or list, or a name that one folder lacks or has twice.
     """
     for path in (predictions, truth, split):
         if path is not None and not path.exists():
@@ -57,15 +59,15 @@ def match(predictions: Path, truth: Path | None = None, *, split: Path | None = 
         if split is not None:
             raise ValueError(f"{split}: a split chooses from folders, and {predictions} is a file")
         return [(predictions, truth)]
-    called, true = by_stem(predictions, LABEL_MAPS), by_stem(truth, LABEL_MAPS)
+    called, true = layout.maps(predictions), layout.maps(truth)
     for folder, found in ((predictions, called), (truth, true)):
         if not found:
-            raise ValueError(f"{folder}: no label map in this folder ({' '.join(LABEL_MAPS)})")
+            raise ValueError(f"{folder}: no label map in this folder ({layout.wanted})")
     names = sorted(called.keys() | true.keys()) if split is None else _names(split)
     for folder, found in ((predictions, called), (truth, true)):
         missing = [name for name in names if name not in found]
         if missing:
-            whose = f"{len(names)} names of {split}" if split else f"{len(names)} stems of both folders"
+            whose = f"{len(names)} names of {split}" if split else f"{len(names)} names in both folders"
             hint = "" if split else "; --split LIST scores the names of a list alone"
             raise ValueError(f"{folder} has no label map for {len(missing)} of the {whose}: {some(missing)}{hint}")
     return [(called[name], true[name]) for name in names]
@@ -128,10 +130,18 @@ class Scored:
         num_classes: labels are 0..num_classes-1; None takes whatever occurs but ``ignore_label``.
         ignore_label: of void pixels in the truth.
         widths: of trimap bands; () for none.
+        layout: how files are read.
     """
 
-    def __init__(self, num_classes: int | None = None, *, ignore_label: int = 255, widths: Sequence[int] = ()) -> None:
-        L = num_classes or ALL_LABELS
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        *,
+        ignore_label: int = 255,
+        widths: Sequence[int] = (),
+        layout: Layout = PLAIN,
+    ) -> None:
+        self.layout, L = layout, num_classes or ALL_LABELS
         self.num_classes, self.ignore_label = num_classes, ignore_label
         self.everywhere = ConfusionMatrix(L, ignore_index=ignore_label)
         self.curve = TrimapCurve(L, widths=widths, ignore_index=ignore_label) if widths else None
@@ -142,7 +152,7 @@ class Scored:
         maps = []
         for path in (prediction, truth):
             try:
-                maps.append(torch.from_numpy(read_labels(path)).long())
+                maps.append(torch.from_numpy(self.layout.read(path)).long())
             except (ValueError, OSError) as error:
                 return str(error) if str(path) in str(error) else f"{path}: {error}"
         called, true = maps

@@ -4,7 +4,7 @@
     write_cityscapes_test(predict, cityscapes_images("cityscapes"), "submission")   then pack submission
 
 Every image becomes one label map of its own size; a folder with maps of other images is refused, as they would be
-submitted with it.
+submitted with it. ``check_voc_test`` and ``check_cityscapes_test`` say so before anything is trained for it.
 """
 
 import os
@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crfnet.data.cityscapes import submission_name, write_submission
+from crfnet.data.cityscapes import CITYSCAPES_CLASSES, cityscapes_result_name, write_cityscapes_result
 from crfnet.data.samples import read_rgb
-from crfnet.data.voc import RESULTS, write_voc_results
+from crfnet.data.voc import RESULTS, VOC_CLASSES, write_voc_results
 from crfnet.evaluation import Predictor
-
-PathLike = str | os.PathLike[str]
+from crfnet.images import PathLike
 
 
 def write_voc_test(
@@ -37,11 +36,20 @@ def write_voc_test(
         The files written, in order.
 
     Raises:
-        ValueError: no image, one id twice, maps of other images in the folder, or logits of another shape.
+        ValueError: no image, one id twice, maps of other images in the folder, or logits of another shape or
+            that are NaN.
+        OSError: the folder cannot be made or written.
     """
-    paths = [Path(image) for image in images]
-    _want_fresh(Path(folder) / RESULTS, [f"{path.stem}.png" for path in paths])
-    return [write_voc_results(folder, path.stem, _labels(predict, path, device)) for path in paths]
+    check_voc_test(images, folder)
+    return [
+        write_voc_results(folder, path.stem, _labels(predict, path, len(VOC_CLASSES), device))
+        for path in map(Path, images)
+    ]
+
+
+def check_voc_test(images: Sequence[PathLike], folder: PathLike) -> None:
+    """Raises what `write_voc_test` would, for its images and its folder."""
+    _check(Path(folder) / RESULTS, [f"{Path(image).stem}.png" for image in images])
 
 
 def write_cityscapes_test(
@@ -59,14 +67,23 @@ def write_cityscapes_test(
         The files written, in order.
 
     Raises:
-        ValueError: no image, one twice, another name, maps of other images in the folder, or logits of another shape.
+        ValueError: no image, one twice, another name, maps of other images in the folder, or logits of another shape or
+            that are NaN.
+        OSError: the folder cannot be made or written.
     """
-    paths = [Path(image) for image in images]
-    _want_fresh(Path(folder), [submission_name(path) for path in paths])
-    return [write_submission(folder, path, _labels(predict, path, device)) for path in paths]
+    check_cityscapes_test(images, folder)
+    return [
+        write_cityscapes_result(folder, path, _labels(predict, path, len(CITYSCAPES_CLASSES), device))
+        for path in map(Path, images)
+    ]
 
 
-def _want_fresh(folder: Path, names: Sequence[str]) -> None:
+def check_cityscapes_test(images: Sequence[PathLike], folder: PathLike) -> None:
+    """Raises what `write_cityscapes_test` would, for its images and its folder."""
+    _check(Path(folder), [cityscapes_result_name(Path(image)) for image in images])
+
+
+def _check(folder: Path, names: Sequence[str]) -> None:
     if not names:
         raise ValueError(f"images must be at least one, got none to write into {folder}")
     if len(set(names)) < len(names):
@@ -78,15 +95,18 @@ def _want_fresh(folder: Path, names: Sequence[str]) -> None:
             f"{folder} holds {len(strange)} label maps of other images, the first {strange[0]}: "
             "remove them, or choose another folder"
         )
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: cannot be made or written, as {there} is a file or not ours to write")
 
 
 @torch.no_grad()
-def _labels(predict: Predictor, path: Path, device: str | torch.device) -> Tensor:
+def _labels(predict: Predictor, path: Path, num_classes: int, device: str | torch.device) -> Tensor:
     image = torch.from_numpy(read_rgb(path)).float()
     logits = predict(image[None].to(device))
-    if logits.ndim != 4 or logits.shape[0] != 1 or logits.shape[2:] != image.shape[1:]:
-        wanted = (1, "L", *image.shape[1:])
+    wanted = (1, num_classes, *image.shape[1:])
+    if logits.shape != wanted:
         raise ValueError(f"{path}: the predictor must return logits {wanted}, got {tuple(logits.shape)}")
-    if bool(logits.isnan().any()):
-        raise ValueError(f"{path}: the predictor returned NaN")
+    if bool(logits.isnan().any()) or not bool(logits.amax(1).isfinite().all()):
+        raise ValueError(f"{path}: the predictor must return a finite logit in every pixel, and no NaN")
     return logits.argmax(1)[0].cpu()

@@ -3,12 +3,14 @@
     iteration = accumulate micro-batches → gradients averaged → clipped → one step → one step of the schedule
 
 What an iteration sees depends on (seed, iteration) alone, and a checkpoint holds all else, so that a run which was
-killed and resumed ends with the same bits on the same device. Under torchrun every process takes its part of each
+killed and resumed ends with the same bits on a CPU, and on a GPU as far as its kernels are deterministic
+(``torch.use_deterministic_algorithms``). Under torchrun every process takes its part of each
 micro-batch, and gradients are those of one process with all of it: losses are divided by the pixels of all processes,
 batch norm takes the statistics of all, and dropout is each process's own.
 """
 
 import csv
+import hashlib
 import io
 import math
 import time
@@ -26,15 +28,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from crfnet import checkpoints
-from crfnet.batches import loader
 from crfnet.crf import DenseCRF
 from crfnet.data import Samples
 from crfnet.images import atomic_write
 from crfnet.losses import Part
 from crfnet.optim import Schedule, scheduler
+from crfnet.order import loader
 from crfnet.processes import add_up, gather, rank, world_size
 
-Batch = Sequence[Tensor]  # images, labels, inside
+Batch = Sequence[Tensor]  # images (B, G, H, W), labels (B, H, W) or (B, K, H, W), inside (B, H, W) bool
 Loss = Callable[[nn.Module, Batch], list[Part]]
 Metrics = dict[str, float]
 
@@ -51,15 +53,15 @@ class Settings:
         workers: processes that read images.
         autocast: torch.bfloat16, or None for float32.
         clip_crf: largest norm of the gradient of all CRF parameters together; None does not clip.
-        average: of the parameters, the factor a step of an exponential moving average; what is validated and ends in
-            the network is then the average. 0 keeps none.
+        average: decay a step of an exponential moving average of the parameters; the averaged network is then the one
+            that is validated and returned. 0 keeps none.
         freeze_norm: batch norm keeps its statistics, as for batches of one.
         checkpoint_every: iterations between checkpoints; 0 writes none.
         keep: checkpoints that stay.
         validate_every: iterations between rows of the log, each with a validation if there is one; 0 has one row, at
             the end.
-        select: name of the metric whose best validation the network ends with, that of the start among them; "" takes
-            the last.
+        select: name of a metric, the higher the better: the network ends as it was at the best validation, the start's
+            among them. "" takes the last.
         guard: name of a metric that must not fall below its value at the start, such as the mean IoU on training
             images: a validation where it does is not selected, and the log says so. If none is left, the network ends
             as it started. Needs ``select``.
@@ -100,11 +102,17 @@ class Settings:
 
 @dataclass
 class Run:
-    """What a training run came to: the rows of its log, and the best validation."""
+    """What a training run came to.
+
+    Attributes:
+        history: the rows of its log; their learning rate is that of the optimiser's first group.
+        best: with ``select``, the iteration, score and state dict (on the CPU) of the best validation.
+        losses: of the iterations since the last row, which a checkpoint needs.
+    """
 
     history: list[Metrics] = field(default_factory=list)
-    best: dict[str, Any] | None = None  # iteration, score and network
-    losses: list[float] = field(default_factory=list)  # since the last row
+    best: dict[str, Any] | None = None
+    losses: list[float] = field(default_factory=list)
 
 
 def train(
@@ -136,11 +144,12 @@ def train(
             must be the same; ``iterations`` may be more, and how often what is written may differ.
         validate: metrics of a network in evaluation mode; called by every process.
         progress: wraps the iterations left, their number beside them, in a bar.
-        log: for a line a row of the log.
+        log: takes a line of text a row of the log, and what else there is to say.
 
     Raises:
         ValueError: a loss or a parameter is not finite; the checkpoint before is still there. Or a checkpoint that does
-            not fit, checkpoints in the folder of a run that does not resume, settings that contradict each other.
+            not fit, checkpoints in the folder of a run that does not resume, settings that contradict each other, a
+            ``select`` or ``guard`` that ``validate`` does not measure, a guard that is NaN at the start.
         ImportError: ``settings.tensorboard`` without the package.
     """
     device = next(network.parameters()).device
@@ -149,14 +158,14 @@ def train(
         share_norm(network, device)
     steps = scheduler(optimizer, schedule)
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.average)) if settings.average else None
-    parts = {"network": network, "optimizer": optimizer, "scheduler": steps} | ({"average": average} if average else {})
+    kept = {"network": network, "optimizer": optimizer, "scheduler": steps} | ({"average": average} if average else {})
     run, start, fixed = Run(), 0, _fixed(samples, optimizer, settings)
     if rank():
         torch.manual_seed(torch.initial_seed() + rank())  # or all processes would drop out the same features
         log, progress = _silent, None
     gather(None)  # the first process may still be writing the last checkpoint of a run before
     if resume and folder is not None and (state := checkpoints.newest(folder, device=device)) is not None:
-        start = _restore(state, parts, fixed, schedule, settings, run)
+        start = _restore(state, kept, fixed, schedule, settings, run)
         log(f"goes on from iteration {start}")
     if len(set(starts := gather(start))) > 1:
         raise ValueError(f"all processes must see the same checkpoints in {folder}, got those of iterations {starts}")
@@ -198,9 +207,10 @@ def train(
         if last or (settings.validate_every and done % settings.validate_every == 0):
             row = {"loss": sum(run.losses) / len(run.losses), "learning_rate": rate}
             run.losses.clear()
+            _want_finite(network, done)
             judge(done, row)
         if folder is not None and settings.checkpoint_every and (last or done % settings.checkpoint_every == 0):
-            _write(folder, done, parts, fixed, settings, run)
+            _write(folder, done, kept, fixed, settings, run)
     if board is not None:
         board.close()
     if run.best is not None:
@@ -336,25 +346,32 @@ def _fixed(samples: Samples, optimizer: Optimizer, settings: Settings) -> dict[s
     names = ("batch_size", "accumulate", "seed", "clip_crf", "average", "freeze_norm", "select", "guard")
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     fixed = {name: getattr(settings, name) for name in names} | {"autocast": str(settings.autocast)}
-    fixed |= {"number of samples": len(samples), "seed of the samples": samples.seed}
+    listed = "\n".join(f"{image.name} {labels.name}" for image, labels in samples.files)
+    digest = hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
+    fixed |= {"number of samples": len(samples), "seed of the samples": samples.seed, "their names' digest": digest}
+    fixed |= {"transform": str(samples.transform)}
     return fixed | {"optimizer": type(optimizer).__name__, "optimizer's groups": groups}
 
 
-def _write(folder: Path, done: int, parts: dict[str, Any], fixed: dict[str, Any], settings: Settings, run: Run) -> None:
-    wrong = [name for name, p in parts["network"].named_parameters() if not p.isfinite().all()]
+def _want_finite(network: nn.Module, done: int) -> None:
+    wrong = [name for name, p in network.named_parameters() if not p.isfinite().all()]
     if wrong:
         raise ValueError(f"parameters must be finite, got others at iteration {done}, in {', '.join(wrong[:4])}")
+
+
+def _write(folder: Path, done: int, kept: dict[str, Any], fixed: dict[str, Any], settings: Settings, run: Run) -> None:
+    _want_finite(kept["network"], done)
     random = gather(checkpoints.random_state())
     if rank():
         return
-    states = {name: part.state_dict() for name, part in parts.items()}
+    states = {name: part.state_dict() for name, part in kept.items()}
     more = {"history": run.history, "best": run.best, "losses": run.losses, "random": random, "fixed": fixed}
     checkpoints.write(folder, done, states | more, keep=settings.keep)
 
 
 def _restore(
     state: dict[str, Any],
-    parts: dict[str, Any],
+    kept: dict[str, Any],
     fixed: dict[str, Any],
     schedule: Schedule,
     settings: Settings,
@@ -369,7 +386,7 @@ def _restore(
         differ.append(f"iterations {start} done and {settings.iterations} wanted")
     if differ:
         raise ValueError(f"checkpoint must be of a run with the same settings, got {'; '.join(differ)}")
-    for name, part in parts.items():
+    for name, part in kept.items():
         try:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:

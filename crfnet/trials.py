@@ -40,6 +40,14 @@ class Trial:
 class TrialTable:
     """The CSV file of a search: a comment with two checksums, the names of the columns, a row a trial.
 
+    Args:
+        path: of the file, which need not be there yet.
+        data: 16 hexadecimal digits that tell what was searched on, and how, from all else.
+
+    Raises:
+        ValueError: the file is damaged, no such table, or one of other data.
+        OSError: it cannot be read.
+
     Attributes:
         known: mean IoU of the points that the file held.
     """

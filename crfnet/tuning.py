@@ -93,12 +93,15 @@ class Search:
     def parameters(self) -> Parameters:
         """The parameters to use: those of the best trial.
 
-        Where no CRF is best, those of the best CRF with both weights zero: the labels are the DCNN's, and a training
-        may still start from there.
+        Where no CRF is best, the bandwidths in the middle of the coarse grid (geometric means) with both weights zero:
+        the labels are the DCNN's, and a training may still start from there. The best CRF has none to start with then,
+        as the search has crept towards where a CRF does nothing.
         """
-        if self.best == self.without_crf:
-            return replace(self.best_crf.parameters, bilateral_weight=0.0, spatial_weight=0.0)
-        return self.best.parameters
+        if self.best != self.without_crf:
+            return self.best.parameters
+        coarse = np.array([astuple(trial.parameters) for trial in self.table[1:] if trial.round == 0])
+        middle = _rounded(np.exp(np.log(coarse).mean(0)))
+        return replace(middle, bilateral_weight=0.0, spatial_weight=0.0)
 
 
 @torch.no_grad()
@@ -121,10 +124,10 @@ def unaries(
         samples: the held-out ones.
         count: how many; all of them where there are fewer. They come in the order of ``samples``.
         seed: of the choice.
-        device: where images and logits go and stay, 4 L bytes a pixel.
+        device: of the network.
 
     Returns:
-        Lists of images (G, H, W), logits (L, H, W) and labels (H, W), the labels on the CPU.
+        Lists of images (G, H, W), logits (L, H, W) and labels (H, W), on the CPU: 4 L bytes a pixel.
 
     Raises:
         ValueError: ``count`` below 1, no samples, labels of several labellings, or a sample padded by its transform.
@@ -141,15 +144,14 @@ def unaries(
             if truth.ndim != 2 or not inside.all():
                 wanted = f"sample {index}: wanted labels (H, W) and no padded pixels"
                 raise ValueError(f"{wanted}, got {tuple(truth.shape)} and {int((~inside).sum())}")
-            image = image.to(device)
-            scores = network(image[None])
+            scores = network(image[None].to(device))
             if not isinstance(scores, Tensor) or scores.ndim != 4 or len(scores) != 1:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise TypeError(f"network must return logits (1, L, h, w), one tensor, got {got}")
             if scores.shape[2:] != image.shape[1:]:
                 scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=False)
             images.append(image)
-            logits.append(scores[0])
+            logits.append(scores[0].cpu())
             labels.append(truth)
     return images, logits, labels
 
@@ -168,6 +170,7 @@ def search(
     num_iterations: int = Grid.num_iterations,
     ignore_index: int = 255,
     method: Method = "auto",
+    device: str | torch.device | None = None,
     table: PathLike | None = None,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Search:
@@ -189,6 +192,7 @@ def search(
         num_iterations: of mean field.
         ignore_index: label of the pixels that do not count.
         method: engine of the bilateral filter, see `crfnet.ops.GaussianFilter`.
+        device: where the filters run, image by image; where the logits are, unless given.
         table: a CSV file of all that was tried, rewritten after each group of weights that share their bandwidths.
             Where it exists, its points are not tried again: a search that was stopped goes on and ends with the table
             of one that was not, and another grid adds its rows before those that it does not share. Logits must be
@@ -235,8 +239,10 @@ def search(
             new = [point for point in points if point not in known]
             matrices = [ConfusionMatrix(num_classes, ignore_index=ignore_index) for _ in new]
             for image, scores, truth in zip(images, logits, labels, strict=True) if new else ():
-                for matrix, called in zip(matrices, _refine(image, scores, new, num_iterations, method), strict=True):
-                    matrix.add(called, truth)
+                there = scores.device if device is None else device
+                refined = _refine(image.to(there), scores.to(there), new, num_iterations, method)
+                for matrix, called in zip(matrices, refined, strict=True):
+                    matrix.add(called.cpu(), truth.cpu())
             found = known | {point: matrix.mean_iou for point, matrix in zip(new, matrices, strict=True)}
             trials += [Trial(point, found[point], number) for point in points]
             if store is not None:
@@ -300,7 +306,7 @@ def _fingerprint(images: Sequence[Tensor], logits: Sequence[Tensor], labels: Seq
     return total.hexdigest()
 
 
-def _rounded(values: tuple[float, ...]) -> Parameters:
+def _rounded(values: Iterable[float]) -> Parameters:
     """Six significant digits, so that a point reached on two ways is one point."""
     return Parameters(*(float(f"{value:.6g}") for value in values))
 

@@ -17,7 +17,7 @@ seconds of the third drive with training frames on either side: scores on it say
 | joint     | both end to end from the gradient's CRF (CRF-RNN, arXiv:1502.03240, section 6) |
 
 Writes results.json, report.md (classes: who gains, who pays), trimap.png, panel.png, search.csv, search.png, the
-network of each row and the checkpoints of each stage; a run that was stopped goes on with --resume.
+network of each row but hand, and the checkpoints of each stage; a run that was stopped goes on with --resume.
 """
 
 import copy
@@ -34,6 +34,7 @@ from torch import nn
 from crfnet import DenseCRF, weights
 from crfnet.data import CAMVID_CLASSES, CAMVID_PALETTE, Crop, Samples, camvid_files, camvid_labels
 from crfnet.evaluation import evaluate
+from crfnet.inputs import whole_number
 from crfnet.losses import full_resolution, through_crf
 from crfnet.models import SmallDeepLab, WithCRF
 from crfnet.optim import parameter_groups, poly_policy
@@ -62,6 +63,7 @@ class Config:
     device: str = "cpu"
     workers: int = 0  # processes that read images
     resume: bool = False
+    tensorboard: bool = False  # writes the logs for TensorBoard too
     held_out: float = 0.11  # of each drive's training frames, for every choice
     # the DCNN
     width: int = 24  # channels of its first stage
@@ -82,34 +84,36 @@ class Config:
     crf_learning_rate: float = 3e-3
     joint_average: float = 0.99
     clip_crf: float = 1.0
-    guards: int = 20  # training images on which fine-tuning must not lose
+    guard_images: int = 20  # training images on which fine-tuning must not lose
 
 
-def held_out_stretches(files: list[File], fraction: float, seed: int) -> tuple[list[File], list[File]]:
-    """The rest, and one stretch of neighbouring frames of each drive, its place drawn from the seed."""
+def hold_out_stretches(files: list[File], fraction: float, seed: int) -> tuple[list[File], list[File]]:
+    """One stretch of neighbouring frames of each drive, its place drawn from the seed, and the rest."""
     rng = np.random.default_rng(seed)
-    rest, held_out = [], []
+    held_out, rest = [], []
     for drive in dict.fromkeys(image.name[:6] for image, _ in files):  # 0001TP, 0006R0, 0016E5
         frames = sorted(pair for pair in files if pair[0].name.startswith(drive))
         count = max(1, round(fraction * len(frames)))
         first = int(rng.integers(len(frames) - count + 1))
         held_out += frames[first : first + count]
         rest += frames[:first] + frames[first + count :]
-    return rest, held_out
+    return held_out, rest
 
 
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs all stages and returns the scores that it writes."""
     device = start(config.device)
+    for name in ("guard_images", "joint_iterations"):
+        whole_number(name, getattr(config, name), 1)
+    out, L = begin(config), len(CAMVID_CLASSES)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    out, L = begin(config), len(CAMVID_CLASSES)
-    files, held_files = held_out_stretches(camvid_files(config.root, "train"), config.held_out, config.seed)
+    kept, files = hold_out_stretches(camvid_files(config.root, "train"), config.held_out, config.seed)
     read = partial(Samples, num_classes=L, read_labels=camvid_labels, seed=config.seed, keep=True)
-    held_out, val = read(held_files), read(camvid_files(config.root, "val"))
+    held_out, val = read(kept), read(camvid_files(config.root, "val"))
     report = Report(out, val, names=CAMVID_CLASSES, palette=CAMVID_PALETTE, device=device)
-    guards = read(files[:: max(1, len(files) // config.guards)])
+    guards = read([files[i] for i in np.linspace(0, len(files) - 1, config.guard_images).round().astype(int)])
 
     def judge(network: nn.Module) -> dict[str, float]:
         return {"mean_iou": evaluate(network, held_out, device=device)["mean_iou"]}
@@ -129,8 +133,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         torch.optim.AdamW(groups(dcnn, config.learning_rate)),
         poly_policy(config.iterations, warm_up=config.iterations // 20),
         Settings(
-            config.iterations, config.batch_size, seed=config.seed, workers=config.workers, average=config.average,
-            checkpoint_every=250, validate_every=config.iterations // 5,
+            config.iterations, config.batch_size, seed=config.seed, workers=config.workers,
+            tensorboard=config.tensorboard, average=config.average, checkpoint_every=250,
+            validate_every=config.iterations // 5,
         ),
         folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
     )  # fmt: skip
@@ -161,7 +166,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20),
             Settings(
                 config.joint_iterations, 1, seed=config.seed, workers=config.workers, average=config.joint_average,
-                clip_crf=config.clip_crf, freeze_norm=True, checkpoint_every=100,
+                clip_crf=config.clip_crf, freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
                 validate_every=config.joint_iterations // 2, select="mean_iou", guard="train_iou",
             ),
             folder=out / row, resume=config.resume, progress=bar(row),
@@ -169,9 +174,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         )  # fmt: skip
         add(row, network)
 
-    # where the search prefers no CRF the weights start from 0, with the DCNN's labels: nothing may fall below those
+    # where the search prefers no CRF the weights start from 0, with the DCNN's labels
     crf = DenseCRF(L, **asdict(found.parameters), num_iterations=5, num_iterations_eval=10).to(device)
-    fine_tune("gradient", WithCRF(copy.deepcopy(dcnn), crf, frozen=True))
+    fine_tune("gradient", WithCRF(copy.deepcopy(dcnn), crf, frozen=True))  # crf learns, and joint goes on from it
     fine_tune("tuned", copy.deepcopy(dcnn))
     fine_tune("joint", WithCRF(copy.deepcopy(dcnn), copy.deepcopy(crf)))
     report.write()
@@ -183,5 +188,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"camvid.py: {error}")

@@ -29,18 +29,29 @@ from typing import Literal
 import torch
 from torch import nn
 
-from crfnet import data, weights
-from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, DEEPLAB_SCALES, Crop, Samples, hold_out
+from crfnet import weights
+from crfnet.data import (
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_PALETTE,
+    DEEPLAB_SCALES,
+    Crop,
+    Samples,
+    cityscapes_files,
+    cityscapes_images,
+    cityscapes_labels,
+    hold_out,
+)
 from crfnet.evaluation import evaluate
+from crfnet.inputs import whole_number
 from crfnet.losses import at_scores
-from crfnet.models import Tiled, deeplab_v2
+from crfnet.models import Averaged, Tiled, WithCRF, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
-from crfnet.submission import write_cityscapes_test
+from crfnet.submission import check_cityscapes_test, write_cityscapes_test
 from crfnet.training import Settings, train
 from crfnet.tuning import DEEPLAB_V2_GRID, Grid
 
@@ -67,7 +78,8 @@ class Config:
     iterations: int = 20_000  # VOC's
     crop: int = 513  # ours: half the height, a quarter of the width
     tile: int = 0  # height and width of the tiles at test; 0: the whole image at once
-    held_out: int = 100  # images of train for the CRF, 190 MB each on the device; 0: trains on all and has no CRF
+    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
+    held_out: int = 100  # images of train for the CRF, 190 MB each in memory; 0: trains on all and has no CRF
     # VOC's, with sigma_alpha for images four times as wide; not published
     grid: Grid = replace(DEEPLAB_V2_GRID, theta_alpha=(30.0, 110.0, 400.0))
     autocast: bool = False  # training in bfloat16
@@ -83,15 +95,18 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
+    whole_number("tile", config.tile, 0)
     out = begin(config)
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed
-    files = data.cityscapes_files(config.root, "train")
-    test = data.cityscapes_images(config.root, "test") if config.submission else []
+    files = cityscapes_files(config.root, "train")
+    test = cityscapes_images(config.root, "test") if config.submission else []
+    if test:
+        check_cityscapes_test(test, config.submission)
     kept, rest = hold_out(files, config.held_out, seed=10)
-    read = partial(Samples, num_classes=L, read_labels=data.cityscapes_labels, seed=config.seed)
-    held_out, val = read(kept), read(data.cityscapes_files(config.root, "val"))
+    read = partial(Samples, num_classes=L, read_labels=cityscapes_labels, seed=config.seed)
+    held_out, val = read(kept), read(cityscapes_files(config.root, "val"))
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
     def tiled(network: nn.Module) -> nn.Module:
@@ -117,7 +132,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
-        validate=(lambda judged: evaluate(tiled(judged), held_out, device=device)) if len(held_out) else None,
+        validate=(lambda judged: evaluate(tiled(judged), held_out, device=device)) if kept else None,
     )  # fmt: skip
     report = Report(out, val, names=CITYSCAPES_CLASSES, palette=CITYSCAPES_PALETTE, device=device)
     report.add("dcnn", tiled(dcnn))
@@ -126,11 +141,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # 2. piecewise: the CRF that does best on the held-out images
     best = tiled(dcnn)
-    if len(held_out):
+    if kept:
         best, _ = fit(best, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
         report.add("piecewise", best)
         if not rank():
-            weights.save(best, out / "piecewise.safetensors")
+            weights.save(WithCRF(dcnn, best.crf), out / "piecewise.safetensors")  # tiles are no part of a network
+    if config.average:
+        best = Averaged(best)
+        report.add("averaged", best)
     report.write()
     if test and not rank():
         write_cityscapes_test(best, test, config.submission, device=device)
@@ -142,5 +160,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"cityscapes_deeplab.py: {error}")

@@ -29,6 +29,7 @@ from torch import nn
 from crfnet import DenseCRF, weights
 from crfnet.data import Crop, Samples, hold_out, pairs_files
 from crfnet.evaluation import evaluate
+from crfnet.inputs import whole_number
 from crfnet.losses import full_resolution, through_crf
 from crfnet.models import SmallDeepLab, WithCRF
 from crfnet.ops.operator import Method
@@ -52,6 +53,7 @@ class Config:
     threads: int = 0  # 0: as many as torch likes
     device: str = "cpu"
     resume: bool = False
+    tensorboard: bool = False  # writes the logs for TensorBoard too
     held_out: int = 40  # training images kept for every choice
     ablations: bool = True
     # the DCNN
@@ -71,7 +73,7 @@ class Config:
     crf_learning_rate: float = 1e-3
     joint_average: float = 0.98
     clip_crf: float = 1.0
-    guards: int = 24  # training images on which fine-tuning must not lose
+    guard_images: int = 24  # training images on which fine-tuning must not lose
     ablation_crop: int = 96
     ablation_iterations: int = 338
 
@@ -79,15 +81,17 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs all stages and returns the scores that it writes."""
     device = start(config.device)
+    for name in ("guard_images", "joint_iterations"):
+        whole_number(name, getattr(config, name), 1)
+    out = begin(config, free=("ablations",))
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    out = begin(config)
 
     files, val_files = pairs_files(config.root, "train"), pairs_files(config.root, "val")
     kept, rest = hold_out(files, config.held_out, seed=config.seed, least=1)
     read = partial(Samples, num_classes=2, seed=config.seed, keep=True)
-    held_out, guards = read(kept), read(rest[: config.guards])
+    held_out, guards = read(kept), read(rest[: config.guard_images])
     report = Report(out, read(val_files), names=("background", "horse"), device=device)
 
     def judge(network: nn.Module) -> dict[str, float]:
@@ -108,8 +112,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         torch.optim.AdamW(groups(dcnn, config.learning_rate)),
         poly_policy(config.iterations, warm_up=config.iterations // 20),
         Settings(
-            config.iterations, config.batch_size, seed=config.seed, average=config.average, checkpoint_every=400,
-            validate_every=config.iterations // 4,
+            config.iterations, config.batch_size, seed=config.seed, average=config.average,
+            tensorboard=config.tensorboard, checkpoint_every=400, validate_every=config.iterations // 4,
         ),
         folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
     )  # fmt: skip
@@ -125,6 +129,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         crf = network.crf if isinstance(network, WithCRF) else None
         iterations = config.joint_iterations if crop is None else config.ablation_iterations
 
+        # judged and scored with the engine that whole images get, whatever trained it
         def as_at_test(judged: nn.Module) -> dict[str, float]:
             if crf is not None:
                 judged = copy.deepcopy(judged)
@@ -144,8 +149,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             poly_policy(iterations, warm_up=iterations // 20),
             Settings(
                 iterations, 1, seed=config.seed, average=config.joint_average, clip_crf=config.clip_crf,
-                freeze_norm=True, checkpoint_every=100, validate_every=iterations // 4, select="mean_iou",
-                guard="train_iou",
+                freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
+                validate_every=iterations // 4, select="mean_iou", guard="train_iou",
             ),
             folder=out / row, resume=config.resume, validate=as_at_test, progress=bar(row),
         )  # fmt: skip
@@ -172,5 +177,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"horses.py: {error}")

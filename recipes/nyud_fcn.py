@@ -130,7 +130,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 raise FileNotFoundError(
                     f"row {row!r} starts from {other!r}: put it before that in --rows, or {other}.safetensors in {out}"
                 )
-    begin(config)
+    begin(config, free=("rows",))
     pictures = Samples(nyud_files(config.root, "test"), 40, read_labels=nyud_labels)
     report = Report(out, pictures, names=NYUD_CLASSES, device=device)
     for row, (train_files, test_files) in files.items():
@@ -148,8 +148,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             fixed_policy(),
             Settings(
                 config.iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
-                tensorboard=config.tensorboard,
-                validate_every=config.validate_every,
+                tensorboard=config.tensorboard, validate_every=config.validate_every,
             ),
             folder=out / row, resume=config.resume, progress=bar(row),
             validate=partial(evaluate, samples=read(test_files), device=device),
@@ -165,5 +164,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"nyud_fcn.py: {error}")

@@ -27,12 +27,21 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import nn
 
-from crfnet import data, weights
-from crfnet.data import DEEPLAB_SCALES, Crop, Samples, hold_out
+from crfnet import weights
+from crfnet.data import (
+    DEEPLAB_SCALES,
+    Crop,
+    Samples,
+    hold_out,
+    pascal_context_classes,
+    pascal_context_files,
+    pascal_context_labels,
+)
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import MultiScale, deeplab_v2
+from crfnet.models import Averaged, MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
@@ -65,6 +74,7 @@ class Config:
     accumulate: int = 0  # batches a step; 0: VOC's, 1 and 10
     iterations: int = 20_000  # VOC's
     crop: int = 321  # VOC's
+    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
     held_out: int = 100  # images of train for the CRF; 0: trains on all and has no CRF
     grid: Grid = DEEPLAB_V2_GRID  # VOC's
     autocast: bool = False  # training in bfloat16
@@ -84,13 +94,11 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed
-    names = data.pascal_context_classes(config.classes or None)
+    names = pascal_context_classes(config.classes or None)
     L = len(names)
-    files, val_files = (
-        data.pascal_context_files(config.root, split, voc=config.voc or None) for split in ("train", "val")
-    )
+    files, val_files = (pascal_context_files(config.root, split, voc=config.voc or None) for split in ("train", "val"))
     kept, rest = hold_out(files, config.held_out, seed=10)
-    read_labels = partial(data.pascal_context_labels, classes=config.classes or None)
+    read_labels = partial(pascal_context_labels, classes=config.classes or None)
     read = partial(Samples, num_classes=L, read_labels=read_labels, seed=config.seed)
     held_out, val = read(kept), read(val_files)
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
@@ -116,7 +124,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
-        validate=partial(evaluate, samples=held_out, device=device) if len(held_out) else None,
+        validate=partial(evaluate, samples=held_out, device=device) if kept else None,
     )  # fmt: skip
     report = Report(out, val, names=names, device=device)
     report.add("dcnn", dcnn)
@@ -124,11 +132,15 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         weights.save(network, out / "dcnn.safetensors")
 
     # 2. piecewise: the CRF that does best on the held-out images
-    if len(held_out):
-        both, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
-        report.add("piecewise", both)
+    best: nn.Module = dcnn
+    if kept:
+        best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
+        report.add("piecewise", best)
         if not rank():
-            weights.save(both, out / "piecewise.safetensors")
+            weights.save(best, out / "piecewise.safetensors")
+    if config.average:
+        best = Averaged(best)
+        report.add("averaged", best)
     report.write()
     return report.scores
 
@@ -138,5 +150,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"pascal_context.py: {error}")

@@ -25,6 +25,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import nn
 
 from crfnet import weights
 from crfnet.data import (
@@ -38,7 +39,7 @@ from crfnet.data import (
 )
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import MultiScale, deeplab_v2
+from crfnet.models import Averaged, MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
 from crfnet.processes import rank, start
@@ -69,6 +70,7 @@ class Config:
     accumulate: int = 10  # batches a step; VOC's
     iterations: int = 20_000  # VOC's
     crop: int = 321  # VOC's
+    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
     held_out: int = 100  # images of train for the CRF; 0: trains on all and has no CRF
     grid: Grid = DEEPLAB_V2_GRID  # VOC's
     autocast: bool = False  # training in bfloat16
@@ -114,7 +116,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
-        validate=partial(evaluate, samples=held_out, device=device) if len(held_out) else None,
+        validate=partial(evaluate, samples=held_out, device=device) if kept else None,
     )  # fmt: skip
     report = Report(out, val, names=PERSON_PART_CLASSES, device=device)
     report.add("dcnn", dcnn)
@@ -122,11 +124,15 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         weights.save(network, out / "dcnn.safetensors")
 
     # 2. piecewise: the CRF that does best on the held-out images
-    if len(held_out):
-        both, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
-        report.add("piecewise", both)
+    best: nn.Module = dcnn
+    if kept:
+        best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
+        report.add("piecewise", best)
         if not rank():
-            weights.save(both, out / "piecewise.safetensors")
+            weights.save(best, out / "piecewise.safetensors")
+    if config.average:
+        best = Averaged(best)
+        report.add("averaged", best)
     report.write()
     return report.scores
 
@@ -136,5 +142,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"person_part.py: {error}")

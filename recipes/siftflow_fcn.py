@@ -87,8 +87,8 @@ def labels_of(path: Path, task: str) -> Uint8:
 def main(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     """Trains the nets one after the other; returns the scores of each task and net."""
     device = start(config.device)
+    out = begin(config, free=("last",))
     torch.manual_seed(config.seed)
-    out = begin(config)
     train_files, test_files = siftflow_files(config.root, "trainval"), siftflow_files(config.root, "test")
     train_set = Samples(train_files, 33, read_labels=siftflow_labels, transform=Crop(None, mirror=False))
     test = {task: Samples(test_files, len(TASKS[task]), read_labels=partial(labels_of, task=task)) for task in TASKS}
@@ -115,8 +115,7 @@ def main(config: Config) -> dict[str, dict[str, dict[str, float]]]:
             fixed_policy(),
             Settings(
                 config.iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
-                tensorboard=config.tensorboard,
-                validate_every=config.validate_every,
+                tensorboard=config.tensorboard, validate_every=config.validate_every,
             ),
             folder=out / stage, resume=config.resume, validate=judge, progress=bar(f"FCN-{stage}"),
         )  # fmt: skip
@@ -133,5 +132,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"siftflow_fcn.py: {error}")

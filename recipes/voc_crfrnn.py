@@ -5,12 +5,13 @@
     python recipes/voc_crfrnn.py --voc VOCdevkit --sbd benchmark_RELEASE --fcn8s fcn8s-heavy-pascal.caffemodel
 
 Trained on VOC 2012 train and SBD, 11,685 images less those held out, scored on the 346 of VOC 2012 val that are not in
-SBD. Writes results.json, report.md, panel.png, crfrnn.safetensors. Mean IoU of the paper's networks, without COCO:
+SBD. Writes crfrnn.safetensors, results.json, report.md, trimap.png, panel.png, the search's table and picture, and log
+and checkpoints of each training. Mean IoU of the paper's networks, without COCO:
 
-| row       | network                                    | mean IoU |
-| fcn8s     | the given FCN-8s                           | 61.3     |
-| piecewise | the same under the CRF that --start begins | 63.7     |
-| joint     | both end to end from there                 | 69.6     |
+| row       | network                                                                 | mean IoU |
+| fcn8s     | the given FCN-8s                                                        | 61.3     |
+| piecewise | the same under the CRF of --start; called "crf" where that is crfrnn    | 63.7     |
+| joint     | both end to end from there                                              | 69.6     |
 
 | --start   | the CRF begins with                                                                                     |
 | crfrnn    | CRF-RNN's published values: weights 5 and 3, bandwidths 160, 3 and 3, Potts                             |
@@ -51,7 +52,7 @@ from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
-from crfnet.submission import write_voc_test
+from crfnet.submission import check_voc_test, write_voc_test
 from crfnet.training import Run, Settings, train
 from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
@@ -67,7 +68,7 @@ class Config:
     submission: str = ""  # folder for the label maps of the test images
     start: Literal["search", "gradient", "crfrnn"] = "search"  # of the CRF; crfrnn: the paper's values
     held_out: int = 100  # images kept for every choice, DeepLab's number; none that FCN-8s learnt from, SBD's train
-    guards: int = 100  # training images on which training must not lose
+    guard_images: int = 100  # training images on which training must not lose
     iterations: int = 100_000  # of joint training; not published. Nine times through the images
     gradient_iterations: int = 10_000  # of the CRF alone; likewise
     # arXiv:1502.03240, section 6, and the released prototxt's lr_mult
@@ -91,26 +92,28 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs all stages and returns the scores that it writes."""
     device = start(config.device)
-    torch.manual_seed(config.seed)
     out = begin(config)
+    torch.manual_seed(config.seed)
     if not Path(config.fcn8s).is_file():
         raise FileNotFoundError(f"fcn8s {config.fcn8s!r} is missing: voc_fcn.py writes one, and --help names others")
 
     # data: a part of train is held out for every choice, val is for the scores alone
     test = voc_images(config.voc, "test") if config.submission else []
+    if test:
+        check_voc_test(test, config.submission)
     files, val_files = (crfrnn_files(config.voc, config.sbd, split) for split in ("train", "val"))
     learnt = {image.stem for image, _ in sbd_files(config.sbd, "train")}  # by FCN-8s, the released one as well
     order = [files[index] for index in np.random.default_rng(config.seed).permutation(len(files))]
     free = [pair for pair in order if pair[0].stem not in learnt]
-    if not (1 <= config.held_out <= len(free) and 1 <= config.guards <= len(files) - config.held_out):
+    if not (1 <= config.held_out <= len(free) and 1 <= config.guard_images <= len(files) - config.held_out):
         raise ValueError(
-            f"held_out must be 1..{len(free)}, images that are not in SBD's train, and guards 1..all others, "
-            f"got {config.held_out} and {config.guards} of {len(files)}"
+            f"held_out must be 1..{len(free)}, images that are not in SBD's train, and guard_images 1..all others, "
+            f"got {config.held_out} and {config.guard_images} of {len(files)}"
         )
     chosen = set(free[: config.held_out])
     rest = [pair for pair in order if pair not in chosen]
     read = partial(Samples, num_classes=21, read_labels=voc_or_sbd_labels)
-    held_out, guards, val = read(free[: config.held_out]), read(rest[: config.guards]), read(val_files)
+    held_out, guards, val = read(free[: config.held_out]), read(rest[: config.guard_images]), read(val_files)
     padded = Crop((config.size, config.size), mirror=False, fill=FCN.mean[::-1])  # zeros once the mean is subtracted
     train_set = read(rest, transform=padded)
     report = Report(out, val, names=VOC_CLASSES, device=device)
@@ -134,9 +137,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             fixed_policy(),
             Settings(
                 iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
-                tensorboard=config.tensorboard,
-                validate_every=config.validate_every, select="mean_iou", guard="train_iou",
-                clip_crf=config.clip_crf or None,
+                tensorboard=config.tensorboard, validate_every=config.validate_every, select="mean_iou",
+                guard="train_iou", clip_crf=config.clip_crf or None,
             ),
             folder=out / row, resume=config.resume, validate=judge, progress=bar(row),
         )  # fmt: skip
@@ -162,8 +164,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     # 3. both end to end from there
     learn("joint", network, config.iterations)
     report.add("joint", network)
-    report.write()
     weights.save(network, out / "crfrnn.safetensors")
+    report.write()
     if test:
         write_voc_test(network, test, config.submission, device=device)
     return report.scores
@@ -174,5 +176,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"voc_crfrnn.py: {error}")

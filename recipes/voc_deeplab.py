@@ -31,7 +31,6 @@ Nobody has run the networks of v1 on VOC here yet; the scores of the small one a
 import copy
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,20 +49,21 @@ from crfnet.data import (
     pairs_files,
     voc_files,
     voc_images,
+    write_scenes,
     write_train_aug,
-    write_voc,
 )
 from crfnet.evaluation import evaluate
 from crfnet.images import atomic_write
+from crfnet.inputs import whole_number
 from crfnet.losses import at_scores, full_resolution, through_crf
 from crfnet.models import DeepLabV1, DeepLabV1MSc, SmallDeepLab, WithCRF
-from crfnet.optim import parameter_groups, poly_policy, step_policy
+from crfnet.optim import Schedule, parameter_groups, poly_policy, step_policy
 from crfnet.piecewise import fit
 from crfnet.processes import gather, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
-from crfnet.submission import write_voc_test
+from crfnet.submission import check_voc_test, write_voc_test
 from crfnet.training import Loss, Settings, train
 from crfnet.tuning import DEEPLAB_V1_GRID, Grid
 
@@ -76,17 +76,22 @@ class Plan(NamedTuple):
 
     iterations: int
     batch_size: int
-    crop: int
+    crop: int  # pixels
     learning_rate: float
-    joint: float
-    held_out: int
-    search_images: int
+    joint_learning_rate: float  # of the DCNN
+    held_out: int  # images of train, for every choice
+    search_images: int  # of these
 
 
-SMALL = Plan(800, 8, 160, 3e-3, 1e-4, 40, 14)
+SMALL = Plan(
+    iterations=800, batch_size=8, crop=160, learning_rate=3e-3, joint_learning_rate=1e-4, held_out=40, search_images=14
+)
 # arXiv:1412.7062, section 5: 1e-3, a tenth every 2000 iterations; crops, 6000 iterations and the batch of LargeFOV are
 # those of the released prototxts
-V1 = Plan(6000, 20, 306, 1e-3, 1e-6, 100, 100)
+V1 = Plan(
+    iterations=6000, batch_size=20, crop=306, learning_rate=1e-3, joint_learning_rate=1e-6, held_out=100,
+    search_images=100,
+)  # fmt: skip
 PLANS: dict[Network, Plan] = {
     "small": SMALL, "deeplab": V1, "7x7": V1, "4x4": V1, "largefov": V1._replace(batch_size=30, crop=321),
     "msc": V1._replace(crop=321), "largefov-msc": V1._replace(batch_size=30, crop=321),
@@ -131,7 +136,7 @@ class Config:
     joint_learning_rate: float = 0.0  # of the DCNN
     joint_average: float = 0.98  # of the parameters, a step
     crf_learning_rate: float = 1e-3  # of weights and compatibilities
-    guards: int = 14  # training images on which it must not lose
+    guard_images: int = 14  # training images on which it must not lose
     num_iterations: int = 5
     num_iterations_eval: int = 10
 
@@ -142,10 +147,10 @@ def log(line: str) -> None:
         print(f"[{(time.perf_counter() - START) / 60:5.2f} min] {line}", flush=True)
 
 
-def build(config: Config, plan: Plan) -> tuple[nn.Module, Loss, torch.optim.Optimizer, Callable[[int], float]]:
+def build(config: Config, plan: Plan, device: torch.device) -> tuple[nn.Module, Loss, torch.optim.Optimizer, Schedule]:
     """The DCNN with the weights it starts from, and its loss, optimiser and schedule."""
     if config.network == "small":
-        small = SmallDeepLab(config.num_classes, width=config.width).to(config.device)
+        small = SmallDeepLab(config.num_classes, width=config.width).to(device)
         groups = parameter_groups(small, plan.learning_rate, weight_decay=1e-2, bias_factor=1, head_factor=1)
         return small, full_resolution, torch.optim.AdamW(groups), poly_policy(plan.iterations, warm_up=40)
     network: Any
@@ -157,7 +162,7 @@ def build(config: Config, plan: Plan) -> tuple[nn.Module, Loss, torch.optim.Opti
         head_factor = 10.0
     if config.weights:
         log(str(weights.load(whole, config.weights)))
-    network = network.to(config.device)
+    network = network.to(device)
     groups = parameter_groups(network, plan.learning_rate, weight_decay=5e-4, head_factor=head_factor)
     return network, at_scores, torch.optim.SGD(groups, momentum=0.9), step_policy(2000)
 
@@ -165,10 +170,11 @@ def build(config: Config, plan: Plan) -> tuple[nn.Module, Loss, torch.optim.Opti
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Runs the three stages and returns the scores that it writes."""
     device = start(config.device)
-    config = replace(config, device=str(device))
+    for name in ("guard_images", "joint_iterations"):
+        whole_number(name, getattr(config, name), 1)
     if config.resume and not config.checkpoint_every:
         raise ValueError("resume wants checkpoint_every, got 0: the run before wrote no checkpoints without it")
-    out = begin(config)
+    out = begin(config, networks=config.network != "small")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -186,7 +192,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         wanted = "no root: scenes are drawn below --out" if root else "the folder of its files: --root DIR"
         raise ValueError(f"dataset {dataset!r} wants {wanted}, got {str(root)!r}")
     if dataset == "synthetic" and not rank():
-        root = write_voc(out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5))
+        root = write_scenes(
+            out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5)
+        )
     if config.sbd and dataset != "voc":
         raise ValueError(f"sbd adds to VOC, got data set {dataset!r}")
     if config.submission and dataset != "voc":
@@ -197,12 +205,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     log(f"data set {dataset}: {root}")
     listing = pairs_files if dataset == "pairs" else voc_files
     test = voc_images(root, "test") if config.submission else []
+    if test:
+        check_voc_test(test, config.submission)
     own, val_files = listing(root, "train"), listing(root, "val")  # held out are VOC's own: its masks are finer
     files = voc_files(root, "train_aug") if config.sbd else own
     kept, rest = hold_out(own, plan.held_out, seed=config.seed, least=1)
     if config.sbd:
-        names = {image for image, _ in kept}
-        rest = [pair for pair in files if pair[0] not in names]
+        names = {image.stem for image, _ in kept}
+        rest = [pair for pair in files if pair[0].stem not in names]
     sizes = image_sizes(own)  # (n, 2): heights and widths
     crop = (plan.crop, plan.crop)
     if config.network == "small":
@@ -211,12 +221,12 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         Samples, num_classes=config.num_classes, ignore_index=config.ignore_index, seed=config.seed,
         keep=dataset != "voc",  # small enough for the memory
     )  # fmt: skip
-    held_out, guards, val = read(kept), read(rest[: config.guards]), read(val_files)
+    held_out, guards, val = read(kept), read(rest[: config.guard_images]), read(val_files)
     log(f"{len(rest)} images to train on, {len(kept)} held out of train, {len(val)} for the scores")
     report = Report(out, val, names=None if dataset == "pairs" else VOC_CLASSES, device=device)
 
     # 1. the DCNN alone
-    dcnn, loss, optimizer, schedule = build(config, plan)
+    dcnn, loss, optimizer, schedule = build(config, plan, device)
     settings = Settings(
         plan.iterations, plan.batch_size, seed=config.seed, workers=config.workers,
         checkpoint_every=config.checkpoint_every, tensorboard=config.tensorboard, validate_every=plan.iterations // 4,
@@ -250,7 +260,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         num_iterations_eval=config.num_iterations_eval,
     )  # fmt: skip
     joint = WithCRF(copy.deepcopy(dcnn).requires_grad_(True), crf).to(device)
-    rate = config.joint_learning_rate or plan.joint
+    rate = config.joint_learning_rate or plan.joint_learning_rate
     groups = parameter_groups(
         joint, rate, weight_decay=1e-2, bias_factor=1, head_factor=1, crf_weights=config.crf_learning_rate,
         crf_compatibility=config.crf_learning_rate,
@@ -265,13 +275,13 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         folder=out / "joint", resume=config.resume, validate=judge, progress=bar("joint"), log=log,
     )  # fmt: skip
     report.add("joint", joint)
-    report.write()
     if not rank():
-        if test:
-            write_voc_test(joint, test, config.submission, device=device)
         with atomic_write(out / "networks.pt") as stream:
             states = {"dcnn": dcnn, "piecewise_crf": piecewise.crf, "joint_dcnn": joint.network, "joint_crf": joint.crf}
             torch.save({"config": asdict(config)} | {name: part.state_dict() for name, part in states.items()}, stream)
+    report.write()
+    if test and not rank():
+        write_voc_test(joint, test, config.submission, device=device)
     log(f"wrote {out}")
     return report.scores
 
@@ -284,5 +294,5 @@ if __name__ == "__main__":
         settings = tyro.cli(Config)
     try:
         main(settings)
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"voc_deeplab.py: {error}")

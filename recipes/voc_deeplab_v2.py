@@ -33,14 +33,14 @@ from crfnet import weights
 from crfnet.data import DEEPLAB_SCALES, VOC_CLASSES, Crop, Samples, hold_out, voc_files, voc_images, write_train_aug
 from crfnet.evaluation import evaluate
 from crfnet.losses import at_scores, multi_scale
-from crfnet.models import DeepLabV2Name, MultiScale, deeplab_v2
+from crfnet.models import Averaged, DeepLabV2Name, MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy, step_policy
 from crfnet.piecewise import fit
 from crfnet.processes import gather, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
-from crfnet.submission import write_voc_test
+from crfnet.submission import check_voc_test, write_voc_test
 from crfnet.training import Settings, train
 from crfnet.tuning import DEEPLAB_V2_GRID, Grid
 
@@ -69,6 +69,7 @@ class Config:
     accumulate: int = 0  # batches a step; 0: 1 and 10
     iterations: int = 20_000
     crop: int = 321  # the released prototxts
+    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
     held_out: int = 100  # images of train for the CRF; 0: trains on all and has no CRF
     grid: Grid = DEEPLAB_V2_GRID
     autocast: bool = False  # training in bfloat16
@@ -92,10 +93,13 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # data: held out are images of VOC's own, whose masks are finer than SBD's; 10 is DeepLab's seed
     files, test = voc_files(config.voc, "train_aug"), voc_images(config.voc, "test") if config.submission else []
-    chosen, _ = hold_out(voc_files(config.voc, "train"), config.held_out, seed=10)
-    names = {image.stem for image, _ in chosen}
+    if test:
+        check_voc_test(test, config.submission)
+    kept, _ = hold_out(voc_files(config.voc, "train"), config.held_out, seed=10)
+    names = {image.stem for image, _ in kept}
+    rest = [pair for pair in files if pair[0].stem not in names]
     read = partial(Samples, num_classes=L, seed=config.seed)
-    held_out, val = read(chosen), read(voc_files(config.voc, "val"))
+    held_out, val = read(kept), read(voc_files(config.voc, "val"))
     crop = Crop((config.crop, config.crop), scales=DEEPLAB_SCALES if config.augment else ())
 
     # 1. the DCNN; the rates of biases and scores are 2, 10 and 20 times the trunk's, decay is 5e-4
@@ -108,7 +112,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     images, passes = BATCHES[kind]
     train(
         dcnn,
-        read([pair for pair in files if pair[0].stem not in names], transform=crop),
+        read(rest, transform=crop),
         multi_scale if config.multi_scale else at_scores,
         torch.optim.SGD(parameter_groups(dcnn, config.learning_rate or RATES[kind]), momentum=0.9),
         poly_policy(config.iterations) if config.policy == "poly" else step_policy(2000),
@@ -119,7 +123,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             tensorboard=config.tensorboard,
         ),
         folder=out / "dcnn", resume=config.resume, progress=bar("DCNN"),
-        validate=partial(evaluate, samples=held_out, device=device) if chosen else None,
+        validate=partial(evaluate, samples=held_out, device=device) if kept else None,
     )  # fmt: skip
     report = Report(out, val, names=VOC_CLASSES, device=device)
     report.add("dcnn", dcnn)
@@ -128,11 +132,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # 2. piecewise: the CRF that does best on the held-out images
     best: nn.Module = dcnn
-    if chosen:
+    if kept:
         best, _ = fit(dcnn, held_out, config.grid, out, count=len(held_out), device=device, resume=config.resume)
         report.add("piecewise", best)
         if not rank():
             weights.save(best, out / "piecewise.safetensors")
+    if config.average:
+        best = Averaged(best)
+        report.add("averaged", best)
     report.write()
     if test and not rank():
         write_voc_test(best, test, config.submission, device=device)
@@ -144,5 +151,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"voc_deeplab_v2.py: {error}")

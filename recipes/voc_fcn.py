@@ -19,6 +19,7 @@ No image is resized, cropped or mirrored. Mean IoU of the paper's nets: 59.4, 62
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -38,6 +39,10 @@ from crfnet.report import Report
 from crfnet.runs import begin
 from crfnet.training import Settings, train
 
+STAGES = ["32s", "16s", "8s"]
+NETS: dict[str, Callable[[int], nn.Module]] = {
+    "32s": FCN32s, "16s": FCN16s, "8s": FCN8s, "8s-atonce": partial(FCN8s, at_once=True),
+}  # fmt: skip
 RATES = {"32s": 1e-10, "16s": 1e-12, "8s": 1e-14, "8s-atonce": 1e-10}
 ITERATIONS = {"32s": 100_000, "16s": 100_000, "8s": 100_000, "8s-atonce": 300_000}
 
@@ -65,16 +70,15 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the nets one after the other; returns the scores of each."""
     device = start(config.device)
+    out = begin(config, free=("last",))
     torch.manual_seed(config.seed)
-    out = begin(config)
     read = partial(Samples, num_classes=21)
     train_set = read(sbd_files(config.sbd, "train"), read_labels=sbd_labels, transform=Crop(None, mirror=False))
     val = read(seg11valid_files(config.voc, config.sbd))
     report = Report(out, val, names=VOC_CLASSES, device=device)
     network: nn.Module | None = None
-    stages = ["8s-atonce"] if config.at_once else ["32s", "16s", "8s"][: ["32s", "16s", "8s"].index(config.last) + 1]
-    for stage in stages:
-        finer: nn.Module = {"32s": FCN32s, "16s": FCN16s, "8s": FCN8s}.get(stage, partial(FCN8s, at_once=True))(21)
+    for stage in ["8s-atonce"] if config.at_once else STAGES[: STAGES.index(config.last) + 1]:
+        finer = NETS[stage](21)
         if network is None and config.vgg16:
             print(weights.load(finer, config.vgg16))
         elif network is not None:
@@ -90,8 +94,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             fixed_policy(),
             Settings(
                 iterations, seed=config.seed, workers=config.workers, checkpoint_every=config.checkpoint_every,
-                tensorboard=config.tensorboard,
-                validate_every=config.validate_every,
+                tensorboard=config.tensorboard, validate_every=config.validate_every,
             ),
             folder=out / stage, resume=config.resume, progress=bar(f"FCN-{stage}"),
             validate=partial(evaluate, samples=val, device=device),
@@ -107,5 +110,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(Config))
-    except (ValueError, OSError) as error:  # what came with the data or the flags
+    except (ValueError, OSError, ImportError) as error:  # what came with the data, the flags or the machine
         sys.exit(f"voc_fcn.py: {error}")

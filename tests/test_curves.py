@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crfnet import plots
 from crfnet.curves import WIDTHS, TrimapCurve, trimap_curve, trimap_plot
-from crfnet.data import Samples, voc_files, write_voc
+from crfnet.data import Samples, voc_files, write_scenes
 from crfnet.metrics import ConfusionMatrix, trimap_band
 from crfnet.plots import Panel, draw, ticks
 
@@ -84,7 +84,7 @@ def test_curve_errors():
 
 
 def test_curve_of_a_predictor(tmp_path):
-    write_voc(tmp_path, num_train=1, num_val=3, height=32, width=40)
+    write_scenes(tmp_path, num_train=1, num_val=3, height=32, width=40)
     samples = Samples(voc_files(tmp_path, "val"), 21, keep=True)
 
     def background(image):

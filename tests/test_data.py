@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from crfnet.data import VOID, Crop, Samples, image_sizes, pairs_files, read_sample, voc_files, write_voc
+from crfnet.data import VOID, Crop, Samples, image_sizes, pairs_files, read_sample, voc_files, write_scenes
 from crfnet.data.samples import MEAN_COLOUR
 from crfnet.data.synthetic import CLASSES, draw_scene
 from crfnet.data.voc import voc_folder
@@ -16,7 +16,7 @@ from crfnet.images import voc_palette
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    write_voc(root, num_train=6, num_val=3, height=48, width=64)
+    write_scenes(root, num_train=6, num_val=3, height=48, width=64)
     return root
 
 
@@ -86,13 +86,13 @@ def test_scene_folder_is_voc(scenes):
 
 def test_scene_folder_is_kept_or_refused(scenes):
     settings = dict(num_train=6, num_val=3, height=48, width=64)
-    note = write_voc(scenes, **settings) / "scenes.txt"
+    note = write_scenes(scenes, **settings) / "scenes.txt"
     time = note.stat().st_mtime_ns
-    assert (write_voc(scenes, **settings) / "scenes.txt").stat().st_mtime_ns == time
+    assert (write_scenes(scenes, **settings) / "scenes.txt").stat().st_mtime_ns == time
     with pytest.raises(FileExistsError, match="holds other data"):
-        write_voc(scenes, **{**settings, "num_val": 4})
+        write_scenes(scenes, **{**settings, "num_val": 4})
     with pytest.raises(ValueError, match="num_train"):
-        write_voc(scenes / "new", num_train=0)
+        write_scenes(scenes / "new", num_train=0)
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("crfnet.data.synthetic.draw_scene", fails)
     with pytest.raises(KeyboardInterrupt):
-        write_voc(tmp_path, num_train=1, num_val=1)
+        write_scenes(tmp_path, num_train=1, num_val=1)
     assert list((tmp_path / "VOCdevkit").iterdir()) == []
 
 
@@ -226,9 +226,9 @@ def test_crop_reaches_every_place_and_both_directions():
 def test_same_samples_from_any_number_of_workers(scenes):
     def draw(workers: int, epoch: int, keep: bool) -> list[torch.Tensor]:
         samples = Samples(voc_files(scenes, "train"), 21, transform=Crop((32, 32)), seed=3, keep=keep)
-        samples.set_epoch(epoch)
+        pairs = [[(epoch, k), (epoch, k + 1)] for k in range(0, len(samples), 2)]
         return [torch.cat([image.flatten(1), labels[:, None].flatten(1), inside.flatten(1)], 1)
-                for image, labels, inside in DataLoader(samples, 2, num_workers=workers)]  # fmt: skip
+                for image, labels, inside in DataLoader(samples, batch_sampler=pairs, num_workers=workers)]  # fmt: skip
 
     alone, together, next_epoch = draw(0, 0, True), draw(2, 0, False), draw(0, 1, True)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

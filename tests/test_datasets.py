@@ -1,6 +1,7 @@
 """Real data sets in small: files written in each set's own format, what is read of them, and all ways to be wrong."""
 
 import functools
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from crfnet import data, images
 from crfnet.data import VOID, Crop, Samples, person_part, siftflow
-from crfnet.data.label_maps import field, label_map, records, relabel
+from crfnet.data.label_maps import relabel
 from crfnet.data.lists import path_below, read_list
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import field_of, label_map, read_mat, records
+from crfnet.models.preprocess import NYUD_COLOUR, NYUD_COLOUR_DEPTH, NYUD_HHA
 
 H, W = 5, 7
 
@@ -344,7 +346,7 @@ def test_mat_files_that_are_none(tmp_path):
 
 
 def test_labels_have_a_limit_of_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr("crfnet.data.label_maps.MAX_PIXELS", H * W - 1)
+    monkeypatch.setattr("crfnet.data.matlab.MAX_PIXELS", H * W - 1)
     with pytest.raises(ValueError, match=r"x\.mat: S has 35 pixels, more than 34"):
         label_map(grid(1), "S", tmp_path / "x.mat")
 
@@ -366,7 +368,7 @@ def test_structures_cells_and_text_are_plain(tmp_path):
     assert eye.tolist() == np.eye(3).tolist() and text == "text" and ones.tolist() == [[1, 1]]
     assert inner[0]["a"].item() == 1.0 and inner[1]["a"] == "\u00e9"
     with pytest.raises(ValueError, match=r"x\.mat: wanted one structure with the field 'b'"):
-        field(inner[:1], "b", tmp_path / "x.mat")
+        field_of(inner[:1], "b", tmp_path / "x.mat")
 
 
 @pytest.mark.parametrize(("value", "message"), [(1.5, "whole numbers, got 1.5"), (np.nan, "finite"), (1e300, "finite")])
@@ -479,9 +481,32 @@ def test_train_aug_can_be_interrupted_and_repeated(voc_and_sbd, monkeypatch):
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert (masks / "e.png").is_file()
     assert data.write_train_aug(folder, benchmark) == lists
+    shuffled = "".join(sorted(lists[0].read_text().splitlines(keepends=True), reverse=True))
+    lists[0].write_text(shuffled)  # DeepLab's own list has another order
+    assert data.write_train_aug(folder, benchmark) == lists and lists[0].read_text() == shuffled
     lists[1].write_text("a\n")
     with pytest.raises(FileExistsError, match=r"trainval_aug\.txt holds another list"):
         data.write_train_aug(folder, benchmark)
+
+
+@pytest.mark.filterwarnings("ignore:train:UserWarning")
+def test_masks_that_somebody_else_left_are_not_trusted(voc_and_sbd):
+    folder, benchmark = voc_and_sbd
+    masks = folder / "SegmentationClassAug"
+    masks.mkdir()
+    images.write_labels(masks / "d.png", grid(0, 15))
+    with pytest.raises(FileExistsError, match=r"d\.png holds other labels than its source; move it away"):
+        data.write_train_aug(folder, benchmark)
+    (masks / "d.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"d\.png"):
+        data.write_train_aug(folder, benchmark)
+    assert not list(folder.rglob("*_aug.txt"))
+
+
+def test_a_folder_of_another_year_is_refused(voc_and_sbd):
+    folder, benchmark = voc_and_sbd
+    with pytest.raises(FileNotFoundError, match=r"VOC2012' is VOC2012; wanted VOC2011, or a folder that holds it"):
+        data.seg11valid_files(folder, benchmark)
 
 
 def test_counts_that_differ_are_said(voc_and_sbd, monkeypatch):
@@ -626,6 +651,9 @@ def test_context_names_what_is_wrong(tmp_path):
     (tmp_path / "strange.txt").write_text("1: aeroplane\ntwo: bicycle\n")
     with pytest.raises(ValueError, match=r"strange\.txt, line 2: wanted `index: name`, got 'two: bicycle'"):
         data.pascal_context_labels(label, classes=tmp_path / "strange.txt")
+    (tmp_path / "strange.txt").write_text("table\ndog\ndiningtable\n")
+    with pytest.raises(ValueError, match=r"strange\.txt names the label \d+ of .*twice: 'table' and 'diningtable'"):
+        data.pascal_context_labels(label, classes=tmp_path / "strange.txt")
     with pytest.raises(FileNotFoundError, match=r"33_labels\.txt"):
         data.pascal_context_labels(label, classes=tmp_path / "33_labels.txt")
     (root / "labels.txt").rename(root / "trainval" / "labels.txt")
@@ -707,7 +735,7 @@ def test_cityscapes_there_and_back(tmp_path):
     assert len(data.CITYSCAPES_CLASSES) == 19
     predicted = grid(*range(19))
     for called in (predicted, torch.from_numpy(predicted).long()):
-        path = data.write_submission(tmp_path / "new" / "out", image, called)
+        path = data.write_cityscapes_result(tmp_path / "new" / "out", image, called)
     assert path == tmp_path / "new" / "out" / "aachen_000000_000019_labelIds.png"
     with Image.open(path) as opened:
         assert opened.mode == "L"
@@ -724,9 +752,9 @@ def test_cityscapes_names_what_is_wrong(tmp_path):
         (np.zeros((H, W)), r"must be \(H, W\) integers"),
     ):
         with pytest.raises(ValueError, match=message):
-            data.write_submission(tmp_path, image, labels)
+            data.write_cityscapes_result(tmp_path, image, labels)
     with pytest.raises(ValueError, match=r"photo\.png: wanted a name <city>_<seq"):
-        data.write_submission(tmp_path, "photo.png", grid(0))
+        data.write_cityscapes_result(tmp_path, "photo.png", grid(0))
     trained = label.with_name("aachen_000000_000019_gtFine_labelTrainIds.png")
     png(trained, grid(0))
     with pytest.raises(ValueError, match=r"labelTrainIds\.png holds trainIds; wanted a \*_gtFine_labelIds"):
@@ -759,10 +787,12 @@ def test_nyud_inputs(tmp_path):
     colour = images.read_image(image).transpose(2, 0, 1)
     hha = images.read_image(root / "data" / "hha" / image.name).transpose(2, 0, 1)
     depth = np.arange(1000, 1000 + H * W).reshape(1, H, W)
+    colour_mean = NYUD_COLOUR.mean[::-1]  # BGR there, RGB here
+    depth_mean = math.exp(NYUD_COLOUR_DEPTH.mean[3])  # that of the logarithms there
     for read, wanted, fill in (
         (data.read_hha, [hha], None),
-        (data.read_colour_hha, [colour, hha], data.nyud.COLOUR_MEAN + data.nyud.HHA_MEAN),
-        (data.read_colour_depth, [colour, depth], data.nyud.COLOUR_MEAN + data.nyud.DEPTH_MEAN),
+        (data.read_colour_hha, [colour, hha], colour_mean + NYUD_HHA.mean),
+        (data.read_colour_depth, [colour, depth], (*colour_mean, depth_mean)),
     ):
         found = read(image)
         assert found.dtype == np.float32

@@ -331,9 +331,9 @@ BAD_LINES = {
     "prediction lacks": (
         lambda: fewer("good", "a", "c"),
         ["good", "truth"],
-        "good has no label map for 2 of the 3 stems of both folders: a, c; --split LIST",
+        "good has no label map for 2 of the 3 names in both folders: a, c; --split LIST",
     ),
-    "truth lacks": (lambda: fewer("truth", "b"), ["good", "truth"], "truth has no label map for 1 of the 3 stems"),
+    "truth lacks": (lambda: fewer("truth", "b"), ["good", "truth"], "truth has no label map for 1 of the 3 names"),
     "two of one stem": (
         lambda: Image.new("L", (2, 2)).save("good/a.bmp"),
         ["good", "truth"],
@@ -445,3 +445,39 @@ def test_scores_of_files_from_python(scene):
     with pytest.raises(ValueError, match="num_classes must be at least 5"):
         scored.shrink(4)
     assert Scored().labels == 0 and math.isnan(Scored().everywhere.mean_iou)
+
+
+def test_a_submission_to_cityscapes_is_scored_as_its_server_would(tmp_path, monkeypatch, capsys):
+    """Truth in folders of cities, as labelIds; void is most of them, and what is called there does not count."""
+    monkeypatch.chdir(tmp_path)
+    random, names = np.random.default_rng(0), ("bonn_000001_000019", "ulm_000000_000019")
+    hits = total = 0
+    for name in names:
+        truth = random.choice([0, 3, 7, 9, 26, 33], (6, 8)).astype(np.uint8)
+        called = np.where(random.random(truth.shape) < 0.2, 11, truth)
+        called[np.isin(truth, [0, 3, 9])] = 7
+        counts = np.isin(truth, [7, 26, 33])
+        hits, total = hits + int((called == truth)[counts].sum()), total + int(counts.sum())
+        city = tmp_path / "gtFine" / name.split("_")[0]
+        city.mkdir(parents=True)
+        Image.fromarray(truth).save(city / f"{name}_gtFine_labelIds.png")
+        Image.fromarray(truth).save(city / f"{name}_gtFine_color.png")  # beside them, and not asked for
+        Path("called").mkdir(exist_ok=True)
+        Path("photos").mkdir(exist_ok=True)
+        Image.fromarray(called.astype(np.uint8)).save(f"called/{name}_labelIds.png")
+        Image.new("RGB", (8, 6), (0, 0, 99)).save(f"photos/{name}_leftImg8bit.png")
+    argv = ("called", "gtFine", "--dataset", "cityscapes", "--json", "s.json", "--panels", "p", "--images", "photos")
+    assert status(*argv) == 0
+    report = json.loads(Path("s.json").read_text())
+    assert report["pixel_accuracy"] == pytest.approx(hits / total) and hits < total
+    assert [row["name"] for row in report["classes"]][13] == "car" and len(report["classes"]) == 19
+    assert "truck" in capsys.readouterr().out
+    assert {path.name[2:] for path in Path("p").iterdir()} == {f"{name}.png" for name in names}
+    assert status("called", "gtFine", "--dataset", "cityscapes", "--num-classes", "20") == 2
+    assert "the data set names 19 classes" in capsys.readouterr().err
+    Path("called/ulm_000000_000019_labelIds.png").rename("called/ulm_000002_000019_labelIds.png")
+    assert status("called", "gtFine", "--dataset", "cityscapes") == 2
+    assert "called has no label map for 1 of the 3 names in both folders: ulm_000000_000019" in capsys.readouterr().err
+    Path("called/x_labelIds.png").write_bytes(b"")
+    assert status("called", "gtFine", "--dataset", "cityscapes") == 2
+    assert "x_labelIds.png: wanted a name <city>_<seq, 6 digits>_<frame, 6 digits>" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crfnet.data import Samples, voc_files, write_voc
+from crfnet.data import Samples, voc_files, write_scenes
 from crfnet.evaluation import evaluate
 from crfnet.metrics import ConfusionMatrix, trimap_band
 
@@ -11,7 +11,7 @@ from crfnet.metrics import ConfusionMatrix, trimap_band
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    write_voc(root, num_train=1, num_val=5, height=32, width=40)
+    write_scenes(root, num_train=1, num_val=5, height=32, width=40)
     return Samples(voc_files(root, "val"), 21, keep=True)
 
 

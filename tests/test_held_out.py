@@ -23,5 +23,5 @@ def test_seeds_draw_differently():
 
 @pytest.mark.parametrize(("count", "least"), [(5, 0), (-1, 0), (0, 1)])
 def test_something_must_be_left_to_train_on(count, least):
-    with pytest.raises(ValueError, match=rf"held_out must .* wanted {least}\.\.4, got {count}"):
+    with pytest.raises(ValueError, match=rf"count must be {least}\.\.4 of 5 files, got {count}"):
         hold_out(range(5), count, seed=0, least=least)

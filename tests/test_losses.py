@@ -6,11 +6,13 @@ import pytest
 import torch
 from slim import make
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from crfnet import DenseCRF
 from crfnet.losses import (
     at_scores,
+    both_labellings,
     cross_entropy,
     cross_entropy_part,
     full_resolution,
@@ -24,6 +26,7 @@ from crfnet.models import (
     DeepLabV1MSc,
     DeepLabV2VGG,
     MultiScale,
+    SiftFlowFCN,
     WithCRF,
 )
 from crfnet.models.multi_scale import Scores
@@ -61,9 +64,10 @@ class Known(nn.Module):
 def test_the_sum_and_what_divides_it():
     logits, labels = draw(2, 4, 5, 6)
     total, count = plain(logits, labels)
-    got, number = cross_entropy_part(logits, labels)
-    assert got.item() == pytest.approx(total, rel=1e-5) and number == count
-    assert cross_entropy(logits, labels).item() == pytest.approx(total / count, rel=1e-5)
+    for given, rel in ((logits, 1e-5), (logits.double(), 1e-12)):  # sums of some tens of numbers
+        got, number = cross_entropy_part(given, labels)
+        assert got.item() == pytest.approx(total, rel=rel) and number == count
+        assert cross_entropy(given, labels).item() == pytest.approx(total / count, rel=rel)
     other = torch.where(labels == 255, 9, labels)
     assert torch.equal(cross_entropy(logits, other, ignore_index=9), cross_entropy(logits, labels))
     with pytest.raises(ValueError, match=r"must belong together, got \(2, 4, 5, 6\) and \(2, 5, 5\)"):
@@ -117,6 +121,30 @@ def test_at_scores_finds_the_network_within_its_wrapper():
     batch = (torch.rand(1, 3, 33, 33) * 255, torch.zeros(1, 33, 33, dtype=torch.long))
     with torch.no_grad():
         assert torch.equal(at_scores(wrapper, batch)[0][0], at_scores(network, batch)[0][0])
+
+
+def test_siftflow_loss_is_the_sum_of_both_tasks():
+    network = make(lambda: SiftFlowFCN(stride=32), divisor=32)
+    for head in (network.semantic, network.geometric):
+        nn.init.normal_(head.score_fr.weight)
+    generator = torch.Generator().manual_seed(0)
+    image = 255 * torch.rand(2, 3, 9, 11, generator=generator)
+    labels = torch.stack([torch.randint(n, (2, 9, 11), generator=generator) for n in (33, 3)], 1)
+    labels[0, 1, :3], labels[1, 0, 2:5] = 255, 255
+    parts = both_labellings(network, (image, labels, labels[:, 0] != 255))
+    logits = network(image)
+    wanted = [
+        F.cross_entropy(x, y, ignore_index=255)
+        for x, y in ((logits.semantic, labels[:, 0]), (logits.geometric, labels[:, 1]))
+    ]
+    torch.testing.assert_close([total / count for total, count in parts], wanted)
+    sums = both_labellings(network, (image, labels), normalize=False)
+    assert [(total.item(), count) for total, count in sums] == [(total.item(), 2) for total, _ in parts]
+    sum(total for total, _ in parts).backward()
+    assert all(head.score_fr.weight.grad.abs().max() > 0 for head in (network.semantic, network.geometric))
+    for wrong in (labels[:, 0], labels[:, :1]):
+        with pytest.raises(ValueError, match=r"labels must be \(B, 2, H, W\), semantic and geometric, got"):
+            both_labellings(network, (image, wrong))
 
 
 def test_padding_takes_no_part_in_the_crf():

@@ -1,4 +1,4 @@
-"""Scores and losses against their formulas on cases small enough to count by hand, then properties."""
+"""Scores against their formulas on cases small enough to count by hand, then properties."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crfnet.losses import cross_entropy
 from crfnet.metrics import FAR, ConfusionMatrix, boundary_distance, trimap_band
 
 
@@ -181,33 +180,3 @@ def test_band_errors():
         trimap_band(torch.zeros(4, 4), 0)
     with pytest.raises(ValueError, match="labels"):
         trimap_band(torch.zeros(4), 1)
-
-
-def test_cross_entropy_is_the_mean_over_labelled_pixels():
-    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    labels = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(1))
-    labels[0, :2] = 255
-    p = logits.softmax(1)
-    terms = [
-        -p[b, labels[b, i, j], i, j].log()
-        for b in range(2)
-        for i in range(4)
-        for j in range(5)
-        if labels[b, i, j] != 255
-    ]
-    assert len(terms) == 30
-    # double precision, 30 summands
-    assert cross_entropy(logits, labels).item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-12)
-
-
-def test_cross_entropy_without_any_label_is_zero_not_nan():
-    logits = torch.randn(1, 3, 4, 4).requires_grad_()
-    loss = cross_entropy(logits, torch.full((1, 4, 4), 255))
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad.abs().max() == 0
-
-
-def test_cross_entropy_wants_shapes_that_belong_together():
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) and \(2, 5, 4\)"):
-        cross_entropy(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, dtype=torch.long))

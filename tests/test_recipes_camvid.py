@@ -1,31 +1,25 @@
 """recipes/camvid.py on a handful of tiny frames in SegNet's layout."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from recipe import load
 
 from crfnet.data import camvid_files
 from crfnet.tuning import Grid
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "camvid.py"
 TINY = dict(
     held_out=0.3, width=4, iterations=4, batch_size=2, crop=(20, 24), grid=Grid((1.0,), (8.0,), (10.0, 20.0), rounds=0),
-    joint_iterations=4, joint_crop=(16, 16), guards=2,
+    joint_iterations=4, joint_crop=(16, 16), guard_images=2,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("camvid_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["camvid_recipe"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load("camvid")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +56,7 @@ def test_held_out_frames_are_whole_stretches_of_each_drive(recipe, root):
     files = camvid_files(root, "train")
     chosen = set()
     for seed in range(8):
-        rest, held_out = recipe.held_out_stretches(files, 0.3, seed)
+        held_out, rest = recipe.hold_out_stretches(files, 0.3, seed)
         assert sorted(rest + held_out) == sorted(files) and len(held_out) == 4
         for drive in ("0001TP", "0006R0"):
             frames = sorted(int(image.stem[7:]) for image, _ in held_out if image.name.startswith(drive))

@@ -1,9 +1,7 @@
 """The recipes of FCN's and CRF-RNN's tables, two steps each on tiny data in the real formats."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +10,54 @@ import scipy.io
 import test_datasets
 import torch
 from PIL import Image
+from recipe import load
 from slim import make, slim
 from torch import nn
-from torch.nn import functional as F
 
 from crfnet import images, weights
-from crfnet.losses import both_labellings
+from crfnet.data import write_scenes
 from crfnet.models import CRFRNN, FCN8s, SiftFlowFCN
 from crfnet.tuning import Grid
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = {"vgg16": "", "iterations": 2, "device": "cpu", "workers": 0, "checkpoint_every": 2, "validate_every": 0}
 REPORT = {"results.json", "report.md", "trimap.png", "panel.png"}
 FILES = REPORT | {"config.json"}
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+# VOC
+
+
+@pytest.mark.filterwarnings("ignore:seg11valid has 2 images here")
+@pytest.mark.parametrize("at_once", [False, True])
+def test_fcn_from_32s_to_8s_and_the_same_again_when_resumed(tmp_path, at_once):
+    recipe = load("voc_fcn")
+    drawn = Path(write_scenes(tmp_path / "voc", num_train=2, num_val=2, height=20, width=24))
+    voc, sbd = drawn.rename(drawn.with_name("VOC2011")), tmp_path / "sbd" / "dataset"
+    for folder in ("img", "cls"):
+        (sbd / folder).mkdir(parents=True)
+    names = (voc / "ImageSets" / "Segmentation" / "train.txt").read_text().split()
+    for name in names:
+        shutil.copy(voc / "JPEGImages" / f"{name}.jpg", sbd / "img")
+        labels = np.zeros((20, 24), np.uint8)
+        labels[5:15, 5:15] = 7
+        scipy.io.savemat(sbd / "cls" / f"{name}.mat", {"GTcls": {"Segmentation": labels}})
+    (sbd / "train.txt").write_text("\n".join(names) + "\n")
+    tiny = dict(
+        voc=str(voc.parent), sbd=str(sbd.parent), vgg16="", out=str(tmp_path / "out"), at_once=at_once, iterations=2,
+        device="cpu", workers=0, checkpoint_every=1, validate_every=0,
+    )  # fmt: skip
+    with slim(32):
+        scores = recipe.main(recipe.Config(**tiny))
+        assert json.loads((tmp_path / "out" / "results.json").read_text()) == scores
+        assert all((tmp_path / "out" / name).stat().st_size for name in ("report.md", "trimap.png", "panel.png"))
+        assert recipe.main(recipe.Config(resume=True, **tiny)) == scores
+        network = FCN8s(21, at_once=at_once)
+    assert list(scores) == (["8s-atonce"] if at_once else ["32s", "16s", "8s"])
+    weights.load(network, tmp_path / "out" / f"fcn{list(scores)[-1]}.safetensors")
 
 
 # NYUDv2
@@ -125,31 +146,7 @@ def test_siftflow_scores_both_labellings_of_every_net_and_resumes(siftflow, tmp_
         assert recipe.main(recipe.Config(root=str(siftflow), out=str(tmp_path), resume=True, **QUICK)) == scores
     with pytest.raises(FileNotFoundError, match=r"split 'trainval' wants the list .*trainval\.txt"):
         (siftflow / "trainval.txt").rename(siftflow / "train.txt")
-        recipe.main(recipe.Config(root=str(siftflow), out=str(tmp_path), **QUICK))
-
-
-def test_siftflow_loss_is_the_sum_of_both_tasks():
-    network = make(lambda: SiftFlowFCN(stride=32), divisor=32)
-    for head in (network.semantic, network.geometric):
-        nn.init.normal_(head.score_fr.weight)
-    generator = torch.Generator().manual_seed(0)
-    image = 255 * torch.rand(2, 3, 9, 11, generator=generator)
-    labels = torch.stack([torch.randint(n, (2, 9, 11), generator=generator) for n in (33, 3)], 1)
-    labels[0, 1, :3], labels[1, 0, 2:5] = 255, 255
-    parts = both_labellings(network, (image, labels, labels[:, 0] != 255))
-    logits = network(image)
-    wanted = [
-        F.cross_entropy(x, y, ignore_index=255)
-        for x, y in ((logits.semantic, labels[:, 0]), (logits.geometric, labels[:, 1]))
-    ]
-    torch.testing.assert_close([total / count for total, count in parts], wanted)
-    sums = both_labellings(network, (image, labels), normalize=False)
-    assert [(total.item(), count) for total, count in sums] == [(total.item(), 2) for total, _ in parts]
-    sum(total for total, _ in parts).backward()
-    assert all(head.score_fr.weight.grad.abs().max() > 0 for head in (network.semantic, network.geometric))
-    for wrong in (labels[:, 0], labels[:, :1]):
-        with pytest.raises(ValueError, match=r"labels must be \(B, 2, H, W\), semantic and geometric, got"):
-            both_labellings(network, (image, wrong))
+        recipe.main(recipe.Config(root=str(siftflow), out=str(tmp_path / "new"), **QUICK))
 
 
 # CRF-RNN
@@ -203,7 +200,7 @@ def crfrnn(both, fcn8s, tmp_path):
     recipe = load("voc_crfrnn")
     tiny = dict(QUICK, voc=str(both[0]), sbd=str(both[1]), fcn8s=str(fcn8s), out=str(tmp_path), size=24, seed=0)
     del tiny["vgg16"]
-    return recipe, tiny | {"held_out": 2, "guards": 2, "gradient_iterations": 2, "grid": Grid(
+    return recipe, tiny | {"held_out": 2, "guard_images": 2, "gradient_iterations": 2, "grid": Grid(
         (2.0, 4.0), (20.0,), (20.0,), rounds=0)}  # fmt: skip
 
 
@@ -244,7 +241,11 @@ def test_crfrnn_that_collapses_ends_as_it_started_and_says_so(crfrnn, tmp_path, 
 @pytest.mark.filterwarnings("ignore:CRF-RNN's (train|val) has")
 def test_crfrnn_says_what_is_wrong(crfrnn, tmp_path):
     recipe, tiny = crfrnn
-    for wrong, got in (({"held_out": 4}, "4 and 2 of 5"), ({"held_out": 0}, "0 and 2"), ({"guards": 4}, "2 and 4")):
+    for wrong, got in (
+        ({"held_out": 4}, "4 and 2 of 5"),
+        ({"held_out": 0}, "0 and 2"),
+        ({"guard_images": 4}, "2 and 4"),
+    ):
         # 3: what FCN-8s has learnt from is not held out
         with pytest.raises(ValueError, match=rf"held_out must be 1\.\.3, .* not in SBD's train, .*got {got}"):
             recipe.main(recipe.Config(**(tiny | wrong)))

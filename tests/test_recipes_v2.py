@@ -1,12 +1,10 @@
 """DeepLab v2's recipes: two steps on tiny data in the real formats, with networks of a 32nd of their channels."""
 
 import csv
-import importlib.util
 import json
 import multiprocessing
 import os
 import socket
-import sys
 from dataclasses import fields, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -17,17 +15,16 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from recipe import load
 from slim import slim
 from torch import distributed
 
-from crfnet import data, images, weights
+from crfnet import DenseCRF, data, images, weights
 from crfnet.checkpoints import existing
 from crfnet.data.cityscapes import CITYSCAPES_LABEL_IDS
-from crfnet.models import DeepLabV2ResNet
-from crfnet.processes import start, world_size
+from crfnet.models import DeepLabV2ResNet, WithCRF
 from crfnet.tuning import Grid
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 H, W = 24, 30
 KEPT = (3, 7, 19, 21, 60)  # channels that are classes
 TINY = {
@@ -35,14 +32,6 @@ TINY = {
     "workers": 0, "checkpoint_every": 1, "validate_every": 0,
     "grid": Grid((3.0,), (20.0,), (5.0, 10.0), rounds=0, num_iterations=2),
 }  # fmt: skip
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -144,9 +133,9 @@ def persons(root: Path) -> dict:
 
 CASES = {  # recipe: its data, flags, number of classes
     "voc_deeplab_v2": (voc, {"model": "resnet-aspp", "multi_scale": True, "augment": True}, 21),
-    "cityscapes_deeplab": (cityscapes, {"model": "resnet-largefov", "augment": True, "tile": 20}, 19),
+    "cityscapes_deeplab": (cityscapes, {"model": "resnet-largefov", "augment": True, "tile": 20, "average": True}, 19),
     "pascal_context": (context, {"model": "vgg-largefov", "multi_scale": True}, 60),
-    "person_part": (persons, {"model": "resnet-plain", "augment": True}, 7),
+    "person_part": (persons, {"model": "resnet-plain", "augment": True, "average": True}, 7),
 }
 
 
@@ -176,7 +165,7 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
     monkeypatch.setattr(recipe, "fit", watched_fit)
     scores = recipe.main(config)
     out = tmp_path / "out"
-    assert list(scores) == ["dcnn", "piecewise"]
+    assert list(scores) == ["dcnn", "piecewise"] + ["averaged"] * config.average
     assert json.loads((out / "results.json").read_text()) == scores
     assert all(0 <= value <= 1 for row in scores.values() for value in row.values())
     for file in ("search.png", "panel.png", "trimap.png", "report.md"):
@@ -201,6 +190,10 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
     if name == "cityscapes_deeplab":
         (path,) = (tmp_path / "submission").iterdir()
         assert path.name == "aachen_000003_000019_labelIds.png"
+        both = WithCRF(
+            DeepLabV2ResNet(19, head="largefov"), DenseCRF(19, weights="scalar", compatibility="potts", learn=())
+        )
+        weights.load(both, out / "piecewise.safetensors")  # tiles leave no trace in it
         assert set(np.unique(images.read_labels(path))) <= set(CITYSCAPES_LABEL_IDS)
     if name == "voc_deeplab_v2":
         (path,) = (tmp_path / "submission").glob("results/VOC2012/Segmentation/comp6_test_cls/*")
@@ -211,12 +204,13 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("voc_deeplab_v2", {"held_out": 3}, r"held_out must leave training images: wanted 0\.\.2, got 3"),
+        ("voc_deeplab_v2", {"held_out": 3}, r"held_out: count must be 0\.\.2 of 3 files, got 3"),
         ("voc_deeplab_v2", {"crop": 41}, r"labels must have 32 k \+ 1 pixels an axis, .* got \(41, 41\)"),
         ("voc_deeplab_v2", {"sbd": ""}, r"train_aug\.txt .* is missing \(crfnet\.data\.write_train_aug makes it\)"),
         ("voc_deeplab_v2", {"weights": "nowhere.pth"}, r"nowhere\.pth"),
-        ("cityscapes_deeplab", {"held_out": -1}, r"held_out must leave training images: wanted 0\.\.1, got -1"),
+        ("cityscapes_deeplab", {"held_out": -1}, r"held_out: count must be 0\.\.1 of 2 files, got -1"),
         ("cityscapes_deeplab", {"device": "cuda:9"}, r"device must be there, got cuda:9 of . GPUs that torch sees"),
+        ("cityscapes_deeplab", {"tile": -1}, r"tile must be a whole number, 0 or more, got -1"),
         ("cityscapes_deeplab", {"crop": 32}, r"labels must have 8 k \+ 1 pixels an axis"),
         ("pascal_context", {"classes": "nowhere.txt"}, r"the list of classes nowhere\.txt is missing"),
         ("pascal_context", {"voc": "nowhere"}, r"root 'nowhere' is no PASCAL VOC 2010 folder"),
@@ -236,7 +230,7 @@ def test_wrong_flags_are_named(name, flags, message, tmp_path):
         ("voc_deeplab_v2", {"model": "vgg-aspp-s", "policy": "step", "multi_scale": False}),
         ("voc_deeplab_v2", {"model": "resnet-plain", "autocast": True}),
         ("pascal_context", {"model": "resnet-plain", "multi_scale": False}),
-        ("cityscapes_deeplab", {"model": "vgg-largefov", "submission": ""}),
+        ("cityscapes_deeplab", {"model": "vgg-largefov", "submission": "", "average": False}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:train(val)?_aug has . images here")
@@ -269,22 +263,6 @@ def test_a_network_of_other_classes_is_a_start_but_for_its_scores(tmp_path, caps
     recipe.main(replace(config, keep=("head.*",)))
     assert "crfnet: " in capsys.readouterr().out
     assert len(weights.read(tmp_path / "out" / "dcnn.safetensors")["head.branches.0.bias"]) == 7
-
-
-def test_without_torchrun_nothing_is_joined(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start("cpu") == torch.device("cpu") and world_size() == 1
-    for wrong, message in (
-        ("cuda:99", r"device must be there, got cuda:99 of \d+ GPUs"),
-        ("gpu", "torch's, got 'gpu': "),
-    ):
-        with pytest.raises(ValueError, match=message):
-            start(wrong)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="environment variable RANK expected"):
-        start("cpu")
 
 
 def run(number: int, port: int, flags: dict, found: Path) -> None:

@@ -1,6 +1,7 @@
 """A run's folder remembers its settings."""
 
 import json
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -30,6 +31,28 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     assert json.loads((tmp_path / "new" / "config.json").read_text())["seed"] == 0
     begin(replace(other, resume=False))  # another run begins anew
     begin(other)
+    with pytest.raises(ValueError, match="crop .*; seed 1 then and 0 now"):
+        begin(config_again := replace(config, resume=True), free=("grid",))
+    begin(config_again, free=("crop", "grid", "seed"))
+
+
+def test_a_start_that_forgets_resume_touches_nothing_of_the_run_before(tmp_path):
+    config = Config(out=str(tmp_path))
+    begin(config)
+    (tmp_path / "dcnn").mkdir()
+    (tmp_path / "dcnn" / "iteration-00000002.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"iteration-00000002\.pt is of a run before: resume goes on from it"):
+        begin(replace(config, seed=1))
+    begin(replace(config, resume=True))  # the settings are still its own
+
+
+def test_the_library_of_the_networks_is_wanted_before_hours_of_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'crfnet\[weights\]'"):
+        begin(Config(out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    begin(Config(out=str(tmp_path / "run")), networks=False)
 
 
 def test_settings_that_cannot_be_read_say_so(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from crfnet import data, images
 from crfnet.data.cityscapes import CITYSCAPES_LABEL_IDS
-from crfnet.submission import write_cityscapes_test, write_voc_test
+from crfnet.submission import check_voc_test, write_cityscapes_test, write_voc_test
 
 SIZES = {"2008_000006": (6, 9), "2008_000011": (1, 1)}
 
@@ -64,12 +64,18 @@ def test_voc_folder_errors(voc):
         write_voc_test(predictor(21), [], voc / "new")
     with pytest.raises(ValueError, match=r"names of their own, got several for 2008_000011\.png"):
         write_voc_test(predictor(21), [*listed, listed[0]], voc / "new")
-    with pytest.raises(ValueError, match=r"2008_000006\.jpg: .* \(1, 'L', 6, 9\), got \(1, 21, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"2008_000006\.jpg: .* \(1, 21, 6, 9\), got \(1, 21, 3, 4\)"):
         write_voc_test(lambda image: torch.zeros(1, 21, 3, 4), listed[1:], voc / "new")
-    with pytest.raises(ValueError, match=r"2008_000006\.jpg: the predictor returned NaN"):
+    with pytest.raises(ValueError, match=r"2008_000006\.jpg: the predictor must return a finite logit"):
         write_voc_test(lambda image: torch.full((1, 21, 6, 9), torch.nan), listed[1:], voc / "new")
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.20, got"):
-        write_voc_test(predictor(22), listed, voc / "new")
+    with pytest.raises(ValueError, match="must return a finite logit in every pixel, and no NaN"):
+        write_voc_test(lambda image: torch.full((1, 21, 6, 9), -torch.inf), listed[1:], voc / "new")
+    for wrong in (7, 22):
+        with pytest.raises(ValueError, match=rf"must return logits \(1, 21, 1, 1\), got \(1, {wrong}, 1, 1\)"):
+            write_voc_test(predictor(wrong), listed, voc / "new")
+    (voc / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"comp6_test_cls: cannot be made or written, as .*file is a file"):
+        check_voc_test(listed, voc / "file" / "new")
     assert not (voc / "new").exists()
     with pytest.raises(FileNotFoundError, match="lists there: "):
         data.voc_images(voc, "none")
@@ -79,7 +85,7 @@ def test_voc_folder_errors(voc):
 
 
 def test_voc_images_are_those_of_voc_files(tmp_path):
-    data.write_voc(tmp_path, num_train=1, num_val=2, height=16, width=16)
+    data.write_scenes(tmp_path, num_train=1, num_val=2, height=16, width=16)
     assert data.voc_images(tmp_path, "val") == [image for image, _ in data.voc_files(tmp_path, "val")]
 
 
@@ -106,7 +112,7 @@ def test_cityscapes_folder_has_label_ids(cityscapes):
             assert picture.mode == "L" and np.array_equal(np.asarray(picture), expected[None].repeat(4, 0))
     with pytest.raises(ValueError, match=r"the first bonn_000001_000019_labelIds\.png"):
         write_cityscapes_test(predictor(19), listed[:1], cityscapes / "out")
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.18"):
+    with pytest.raises(ValueError, match=r"must return logits \(1, 19, 4, 8\), got \(1, 20, 4, 8\)"):
         write_cityscapes_test(predictor(20), listed, cityscapes / "new")
 
 

@@ -24,7 +24,6 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from crfnet import DenseCRF, checkpoints, training
-from crfnet.batches import loader
 from crfnet.data import Crop, Samples
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution, multi_scale_parts, through_crf
@@ -36,6 +35,7 @@ from crfnet.models import (
     WithCRF,
 )
 from crfnet.optim import parameter_groups, poly_policy, step_policy
+from crfnet.order import loader
 from crfnet.training import Run, Settings, train
 
 COUNT, CLASSES = 5, 3
@@ -99,7 +99,9 @@ def constant(iteration: int) -> float:
     return 1.0
 
 
-def fit(network: nn.Module, samples: Samples, settings: Settings, *, rate: float = 0.02, loss=full_resolution, **more):
+def train_plainly(
+    network: nn.Module, samples: Samples, settings: Settings, *, rate: float = 0.02, loss=full_resolution, **more
+):
     """As `train`, with plain SGD at a constant rate."""
     optimizer = torch.optim.SGD(network.parameters(), rate)
     return train(network, samples, loss, optimizer, constant, settings, log=lambda text: None, **more)
@@ -300,6 +302,10 @@ def test_another_network_optimizer_schedule_or_data_do_not_resume(root, stopped)
         resume(samples=Samples(samples.files[:4], CLASSES, seed=3))
     with pytest.raises(ValueError, match="seed of the samples 3 then and 0 now"):
         resume(samples=Samples(samples.files, CLASSES))
+    with pytest.raises(ValueError, match="their names' digest"):
+        resume(samples=Samples(samples.files[::-1], CLASSES, seed=samples.seed, transform=samples.transform))
+    with pytest.raises(ValueError, match=r"transform .* then and Crop\(size=\(4, 4\), .* now"):
+        resume(samples=Samples(samples.files, CLASSES, seed=samples.seed, transform=Crop((4, 4))))
     other = with_crf()
     other.network.classifier = nn.Conv2d(8, CLASSES, 3, padding=1)
     with pytest.raises(ValueError, match="(?s)checkpoint must fit the network: .*classifier"):
@@ -380,7 +386,7 @@ CASES = {
 def gradients(root: Path, case: str) -> tuple[list[Tensor], float]:
     build, loss, settings = CASES[case]
     network = build()
-    run = fit(network, read_samples(root, crop=False), Settings(1, 4, seed=1, **settings), loss=loss)
+    run = train_plainly(network, read_samples(root, crop=False), Settings(1, 4, seed=1, **settings), loss=loss)
     return [p.grad for p in network.parameters()], run.history[0]["loss"]
 
 
@@ -400,19 +406,19 @@ def together(number: int, processes: int, root: Path, uneven: Path, folder: Path
         long_run(root, replace(short, iterations=4), folder=folder / "halves")
     found["halves"] = outcome(*long_run(root, short, folder=folder / "halves", resume=True))
     own = folder / f"own-{number}"  # a folder that the other does not see: only the first process writes
-    fit(tiny(), read_samples(root), Settings(1, 2, checkpoint_every=1), folder=own)
+    train_plainly(tiny(), read_samples(root), Settings(1, 2, checkpoint_every=1), folder=own)
     for settings, network, resume in (
         (Settings(1, 3), tiny(), False),
         (Settings(1, 2), tiny(norm=True), False),
         (Settings(1, 2), tiny(), True),
     ):
         try:
-            fit(network, read_samples(root), settings, folder=own if resume else None, resume=resume)
+            train_plainly(network, read_samples(root), settings, folder=own if resume else None, resume=resume)
         except ValueError as error:
             lines.append(str(error).replace(str(own), "own"))
     found["errors"] = lines
     frozen = tiny(norm=True, dropout=0.0)
-    fit(frozen, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
+    train_plainly(frozen, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
     found["frozen"] = [p.grad for p in frozen.parameters()]
     torch.save(found, folder / f"found-{number}")
     distributed.destroy_process_group()
@@ -454,7 +460,7 @@ def test_two_processes_have_the_gradients_and_the_loss_of_one(found, uneven, cas
 
 def test_two_processes_freeze_batch_norm_like_one(found, uneven):
     network = tiny(norm=True, dropout=0.0)
-    fit(network, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
+    train_plainly(network, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
     for one, other in zip(found[0]["frozen"], network.parameters(), strict=True):
         torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max()))
 
@@ -524,7 +530,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches_as_caffes_iter_size(r
     for image, labels, _ in batch_of(samples, settings):  # each batch by its own labelled pixels
         losses.append(F.cross_entropy(network(image), labels, ignore_index=255) / 3)
     wanted = torch.autograd.grad(sum(losses), list(network.parameters()))
-    run = fit(network, samples, settings, rate=0.5)
+    run = train_plainly(network, samples, settings, rate=0.5)
     assert run.history[0]["loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
     for (name, parameter), gradient in zip(network.named_parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.detach(), start[name] - 0.5 * gradient, rtol=1e-5, atol=1e-6)
@@ -546,7 +552,9 @@ def test_only_the_crf_is_clipped_and_to_the_norm_that_is_asked_for(root):
     grads = {}
     for clip in (None, 0.01, 1e6):
         network = with_crf(dropout=0.0)
-        fit(network, read_samples(root), Settings(1, 2, clip_crf=clip), loss=partial(through_crf, normalize=False))
+        train_plainly(
+            network, read_samples(root), Settings(1, 2, clip_crf=clip), loss=partial(through_crf, normalize=False)
+        )
         grads[clip] = {name: p.grad for name, p in network.named_parameters()}
     crf = [name for name in grads[None] if name.startswith("crf.")]
     free = torch.stack([grads[None][name].norm() for name in crf]).norm()
@@ -567,7 +575,7 @@ def test_the_average_is_exponential_and_is_what_is_judged_and_what_remains(root)
         judged.append(network_judged.classifier.weight.detach().clone())
         return {}
 
-    fit(network, read_samples(root), Settings(4, 2, average=0.75, validate_every=1), validate=validate)
+    train_plainly(network, read_samples(root), Settings(4, 2, average=0.75, validate_every=1), validate=validate)
     wanted = seen[0]  # the first average is the first parameters
     for value, got in zip(seen, judged, strict=True):
         wanted = wanted if value is seen[0] else 0.75 * wanted + 0.25 * value
@@ -587,14 +595,14 @@ def test_validation_runs_the_crf_as_in_evaluation(root):
             seen.append(torch.equal(judged(image), plain(judged.network(image), image)))
         return {}
 
-    fit(network, read_samples(root), Settings(2, validate_every=1), validate=validate)
+    train_plainly(network, read_samples(root), Settings(2, validate_every=1), validate=validate)
     assert seen == [True, True]
 
 
 def test_frozen_norm_keeps_its_statistics_and_learns_its_scale(root):
     for freeze in (True, False):
         network = tiny(norm=True)
-        fit(network, read_samples(root), Settings(2, 2, freeze_norm=freeze))
+        train_plainly(network, read_samples(root), Settings(2, 2, freeze_norm=freeze))
         assert torch.equal(network.norm.running_mean, torch.zeros(8)) == freeze
         assert int(network.norm.num_batches_tracked) == (0 if freeze else 2)
         assert not torch.equal(network.norm.weight, torch.ones(8))
@@ -612,13 +620,13 @@ def test_autocast_computes_in_bfloat16_and_sums_the_loss_in_float32(root):
     losses = []
     for autocast in (None, torch.bfloat16):
         network = tiny(dropout=0.0)
-        run = fit(network, read_samples(root), Settings(3, 2, autocast=autocast), rate=1e-4, loss=loss)
+        run = train_plainly(network, read_samples(root), Settings(3, 2, autocast=autocast), rate=1e-4, loss=loss)
         losses.append(run.history[-1]["loss"])
         assert all(p.dtype == p.grad.dtype == torch.float32 and p.isfinite().all() for p in network.parameters())
     assert kinds == [torch.float32, torch.float32] * 3 + [torch.bfloat16, torch.float32] * 3
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)  # 8 bits, over a few layers
     joint = with_crf()
-    fit(joint, read_samples(root), Settings(2, 2, autocast=torch.bfloat16, clip_crf=1.0), loss=through_crf)
+    train_plainly(joint, read_samples(root), Settings(2, 2, autocast=torch.bfloat16, clip_crf=1.0), loss=through_crf)
     assert all(p.grad.abs().max() > 0 for p in joint.parameters())
 
 
@@ -629,12 +637,14 @@ def test_the_best_validation_comes_back(root):
         states.append({name: value.clone() for name, value in judged.state_dict().items()})
         return {"mean_iou": next(scores), "other": torch.tensor(1.0)}
 
-    run = fit(network, read_samples(root), Settings(5, validate_every=1, select="mean_iou"), validate=validate)
+    run = train_plainly(
+        network, read_samples(root), Settings(5, validate_every=1, select="mean_iou"), validate=validate
+    )
     assert (run.best["iteration"], run.best["score"]) == (3, 0.5)  # the first of equals; NaN is no best
     assert same(network.state_dict(), states[3]) and not same(states[3], states[5])
     assert all(type(row["mean_iou"]) is float for row in run.history)
     with pytest.raises(ValueError, match=r"select must be one of the metrics \['mean_iou'\], got 'iou'"):
-        fit(tiny(), read_samples(root), Settings(1, select="iou"), validate=lambda judged: {"mean_iou": 1.0})
+        train_plainly(tiny(), read_samples(root), Settings(1, select="iou"), validate=lambda judged: {"mean_iou": 1.0})
 
 
 def guarded(network, root, selected, guard):
@@ -662,7 +672,7 @@ def test_what_falls_below_the_start_by_the_guard_is_not_selected(root):
     with pytest.raises(ValueError, match="guard 'train_iou' needs select"):
         Settings(1, guard="train_iou")
     with pytest.raises(ValueError, match=r"guard must be one of the metrics \['mean_iou'\], got 'iou'"):
-        fit(tiny(), read_samples(root), Settings(1, select="mean_iou", guard="iou"),
+        train_plainly(tiny(), read_samples(root), Settings(1, select="mean_iou", guard="iou"),
             validate=lambda judged: {"mean_iou": 1.0})  # fmt: skip
 
 
@@ -671,7 +681,7 @@ def test_a_crf_alone_learns_on_a_frozen_network(root):
     network = nn.Sequential(whole.network, nn.BatchNorm2d(CLASSES))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     both = WithCRF(network, whole.crf, frozen=True)
-    fit(both, read_samples(root), Settings(2, 2), rate=1.0, loss=through_crf)
+    train_plainly(both, read_samples(root), Settings(2, 2), rate=1.0, loss=through_crf)
     assert same(network.state_dict(), before)  # nor did batch norm's statistics move
     assert not any(p.requires_grad for p in network.parameters()) and all(
         p.grad is not None for p in whole.crf.parameters()
@@ -709,8 +719,17 @@ def test_parameters_that_are_not_finite_reach_no_checkpoint(root, tmp_path):
         return [(total, count)]
 
     with pytest.raises(ValueError, match="parameters must be finite, got others at iteration 4, in classifier.bias"):
-        fit(tiny(), read_samples(root), Settings(9, 2, checkpoint_every=2), loss=loss, folder=tmp_path)
+        train_plainly(tiny(), read_samples(root), Settings(9, 2, checkpoint_every=2), loss=loss, folder=tmp_path)
     assert checkpoints.newest(tmp_path)["iteration"] == 2
+
+
+def test_parameters_that_are_not_finite_are_said_without_checkpoints_too(root):
+    def loss(network, batch):
+        (total, count), *_ = full_resolution(network, batch)
+        return [(total + (0 * network.classifier.bias.sum()).sqrt(), count)]
+
+    with pytest.raises(ValueError, match="parameters must be finite, got others at iteration 1, in classifier.bias"):
+        train_plainly(tiny(), read_samples(root), Settings(1, 2), loss=loss)
 
 
 def test_settings_that_cannot_be_say_so(root):
@@ -727,11 +746,11 @@ def test_settings_that_cannot_be_say_so(root):
             Settings(**{"iterations": 1, **wrong})
     samples = read_samples(root)
     with pytest.raises(ValueError, match="select 'mean_iou' needs validate"):
-        fit(tiny(), samples, Settings(1, select="mean_iou"))
+        train_plainly(tiny(), samples, Settings(1, select="mean_iou"))
     with pytest.raises(ValueError, match="need a folder"):
-        fit(tiny(), samples, Settings(1), resume=True)
+        train_plainly(tiny(), samples, Settings(1), resume=True)
     with pytest.raises(ValueError, match="samples must be at least one"):
-        fit(tiny(), Samples([], CLASSES), Settings(1))
+        train_plainly(tiny(), Samples([], CLASSES), Settings(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,7 +791,7 @@ def test_tqdm_shows_the_iterations_left(root, tmp_path):
 
     for iterations in (2, 5):
         settings = Settings(iterations, 2, checkpoint_every=5)
-        fit(tiny(), read_samples(root), settings, progress=progress, folder=tmp_path, resume=True)
+        train_plainly(tiny(), read_samples(root), settings, progress=progress, folder=tmp_path, resume=True)
     assert [(bar.total, bar.n) for bar in bars] == [(2, 2), (3, 3)]
 
 
@@ -782,7 +801,7 @@ def test_tensorboard_gets_the_same_rows(root, tmp_path):
 
     for iterations in (3, 6):
         settings = Settings(iterations, 2, validate_every=1, checkpoint_every=10, tensorboard=True)
-        run = fit(
+        run = train_plainly(
             tiny(), read_samples(root), settings, folder=tmp_path, resume=True, validate=lambda judged: {"score": 0.5}
         )
     board = EventAccumulator(str(tmp_path)).Reload()
@@ -795,9 +814,9 @@ def test_tensorboard_gets_the_same_rows(root, tmp_path):
 def test_tensorboard_that_is_missing_is_an_error_before_anything_is_trained(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install crfnet\[tensorboard\]"):
-        fit(tiny(), read_samples(root), Settings(1, tensorboard=True), folder=tmp_path, loss=None)
+        train_plainly(tiny(), read_samples(root), Settings(1, tensorboard=True), folder=tmp_path, loss=None)
     with pytest.raises(ValueError, match="need a folder"):
-        fit(tiny(), read_samples(root), Settings(1, tensorboard=True))
+        train_plainly(tiny(), read_samples(root), Settings(1, tensorboard=True))
 
 
 def test_it_learns_which_colour_is_the_brightest(root):

@@ -26,9 +26,10 @@ from crfnet.data.cityscapes import (
     CITYSCAPES_CLASSES,
     CITYSCAPES_PALETTE,
     cityscapes_files,
+    cityscapes_frame,
     cityscapes_images,
     cityscapes_labels,
-    write_submission,
+    write_cityscapes_result,
 )
 from crfnet.data.held_out import hold_out
 from crfnet.data.nyud import NYUD_CLASSES, nyud_files, nyud_labels, read_colour_depth, read_colour_hha, read_hha
@@ -55,17 +56,18 @@ from crfnet.data.sbd import (
     write_train_aug,
 )
 from crfnet.data.siftflow import SIFTFLOW_CLASSES, SIFTFLOW_GEOMETRIC, siftflow_files, siftflow_labels
-from crfnet.data.synthetic import write_voc
+from crfnet.data.synthetic import write_scenes
 from crfnet.data.voc import VOC_CLASSES, voc_files, voc_images, write_voc_results
 
 __all__ = [
     "CAMVID_CLASSES", "CAMVID_PALETTE", "CAMVID_WEIGHTS", "CITYSCAPES_CLASSES", "CITYSCAPES_PALETTE",
     "DEEPLAB_SCALES", "NYUD_CLASSES", "PASCAL_CONTEXT_CLASSES", "PERSON_PART_CLASSES", "SIFTFLOW_CLASSES",
     "SIFTFLOW_GEOMETRIC", "VOC_CLASSES", "VOID",
-    "Crop", "Samples", "camvid_files", "camvid_labels", "cityscapes_files", "cityscapes_images", "cityscapes_labels",
-    "crfrnn_files", "hold_out", "image_sizes", "median_frequency_weights", "nyud_files", "nyud_labels", "pairs_files",
-    "pascal_context_classes", "pascal_context_files", "pascal_context_labels", "person_part_files",
-    "person_part_labels", "read_colour_depth", "read_colour_hha", "read_hha", "read_sample", "sbd_files", "sbd_labels",
-    "seg11valid_files", "siftflow_files", "siftflow_labels", "voc_files", "voc_images", "voc_or_sbd_labels",
-    "write_person_part_lists", "write_submission", "write_train_aug", "write_voc", "write_voc_results",
+    "Crop", "Samples", "camvid_files", "camvid_labels", "cityscapes_files", "cityscapes_frame", "cityscapes_images",
+    "cityscapes_labels", "crfrnn_files", "hold_out", "image_sizes", "median_frequency_weights", "nyud_files",
+    "nyud_labels", "pairs_files", "pascal_context_classes", "pascal_context_files", "pascal_context_labels",
+    "person_part_files", "person_part_labels", "read_colour_depth", "read_colour_hha", "read_hha", "read_sample",
+    "sbd_files", "sbd_labels", "seg11valid_files", "siftflow_files", "siftflow_labels", "voc_files", "voc_images",
+    "voc_or_sbd_labels", "write_cityscapes_result", "write_person_part_lists", "write_scenes", "write_train_aug",
+    "write_voc_results",
 ]  # fmt: skip

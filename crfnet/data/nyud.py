@@ -12,20 +12,16 @@ disparity, height above the floor, angle to gravity. Source: FCN's nyud_layers.p
 | ``read_colour_depth`` | RGB, depth in the unit of its PNG | FCN32s(40, convention=NYUD_COLOUR_DEPTH) |
 """
 
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from crfnet.data.label_maps import label_map, relabel
+from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, read_list, want_file, want_pair
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import label_map, read_mat
 from crfnet.data.samples import VOID
-
-# the limit on pixels and the messages of damaged files are the same for depth
-from crfnet.images import MAX_PIXELS, Uint8, load_pixels, opened, read_image
+from crfnet.images import MAX_PIXELS, PathLike, Uint8, load_pixels, opened, read_image
 
 NYUD_CLASSES = (
     "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
@@ -33,14 +29,10 @@ NYUD_CLASSES = (
     "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
     "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture", "otherprop",
 )  # fmt: skip
-# what the networks subtract, for the padding of crops: Crop(..., fill=COLOUR_MEAN + HHA_MEAN)
-COLOUR_MEAN = (92.318, 97.203, 116.190)  # RGB, published as BGR
-HHA_MEAN = (132.431, 94.076, 118.477)
-DEPTH_MEAN = (math.exp(7.844),)  # the published mean is that of the logarithms
 _CLASSES = {0: VOID} | {label: label - 1 for label in range(1, 41)}
 
 
-def nyud_files(root: str | os.PathLike[str], split: str, *, also: Sequence[str] = ()) -> list[tuple[Path, Path]]:
+def nyud_files(root: PathLike, split: str, *, also: Sequence[str] = ()) -> list[tuple[Path, Path]]:
     """Lists colour image and .mat of a split; read the labels with ``nyud_labels``.
 
     Args:
@@ -96,7 +88,7 @@ def read_colour_depth(image_file: Path) -> np.ndarray:
         ValueError: sizes differ, or a depth is not positive (its logarithm is taken); names the file.
     """
     path = _sibling(image_file, "depth")
-    with opened(path, MAX_PIXELS) as picture:
+    with opened(path, MAX_PIXELS) as picture:  # the limit on pixels and the messages are those of other pictures
         load_pixels(picture, MAX_PIXELS)
         if picture.mode not in ("L", "I", "I;16", "I;16B", "I;16L"):
             raise ValueError(f"pixels of type {picture.mode}; depth is a grey PNG of 8 or 16 bits")

@@ -3,13 +3,13 @@
 The list format of SegNet's CamVid. Label files are 8-bit PNGs of class indices, grey or with a palette.
 """
 
-import os
 from pathlib import Path
 
 from crfnet.data.lists import path_below, read_list, want_file
+from crfnet.images import PathLike
 
 
-def pairs_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+def pairs_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists the image and label file of every line of ``root/<split>.txt``, in order.
 
     Raises:

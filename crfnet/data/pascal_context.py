@@ -14,15 +14,14 @@ The subset of 33 classes is not built in, as its list is unconfirmed: give a fil
 33_labels.txt) as ``classes``. Source: FCN's pascalcontext_layers.py.
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
-from crfnet.data.label_maps import label_map, relabel
+from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, read_list, want_file, want_pair
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import label_map, read_mat
 from crfnet.data.voc import voc_folder
-from crfnet.images import Uint8
+from crfnet.images import PathLike, Uint8
 
 PASCAL_CONTEXT_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -34,9 +33,7 @@ PASCAL_CONTEXT_CLASSES = (
 _ALIASES = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
 
 
-def pascal_context_files(
-    root: str | os.PathLike[str], split: str, *, voc: str | os.PathLike[str] | None = None
-) -> list[tuple[Path, Path]]:
+def pascal_context_files(root: PathLike, split: str, *, voc: PathLike | None = None) -> list[tuple[Path, Path]]:
     """Lists image and .mat of a split of VOC 2010; read the labels with ``pascal_context_labels``.
 
     Args:
@@ -50,14 +47,14 @@ def pascal_context_files(
     """
     folder = find_folder(root, "trainval", ("PASCAL-Context", "pascal-context"), "PASCAL-Context")
     images = voc_folder(root if voc is None else voc, year=2010, lists="Main")
-    _labels_txt(folder / "trainval" / "any.mat")
+    _labels_txt(folder, folder / "trainval")
     return [
         want_pair(line, images / "JPEGImages" / f"{line.name}.jpg", folder / "trainval" / f"{line.name}.mat")
         for line in read_list(images / "ImageSets" / "Main" / f"{split}.txt", "one image name")
     ]
 
 
-def pascal_context_classes(classes: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+def pascal_context_classes(classes: PathLike | None = None) -> tuple[str, ...]:
     """Names of the labels 0, 1, ... that `pascal_context_labels` gives with the same file: background comes first.
 
     Raises:
@@ -70,26 +67,27 @@ def pascal_context_classes(classes: str | os.PathLike[str] | None = None) -> tup
     return ("background", *(name for index, name in names if index))
 
 
-def pascal_context_labels(path: Path, *, classes: str | os.PathLike[str] | None = None) -> Uint8:
+def pascal_context_labels(path: Path, *, classes: PathLike | None = None) -> Uint8:
     """The labels of an annotation, (H, W): 0 background, 1..59 the classes.
 
     Args:
         path: a file in trainval.
-        classes: a file of other classes to take, lines ``index: name`` or ``name`` in the order of the labels 1, 2, ...
-            such as 59_labels.txt; ``functools.partial(pascal_context_labels, classes=...)`` makes a reader of it.
+        classes: a file of other classes to take, lines ``name`` or ``index: name``, such as 59_labels.txt; their order
+            gives the labels 1, 2, ..., the indices do not count.
+            ``functools.partial(pascal_context_labels, classes=...)`` makes a reader of it.
 
     Raises:
         FileNotFoundError: labels.txt, or the list of classes, is missing.
         ValueError: damaged, another key, an unknown label, a class that labels.txt does not know; names the file.
     """
-    labels_txt = _labels_txt(Path(path))
+    path = Path(path)
+    labels_txt = _labels_txt(path.parents[1], path.parent)
     table = _table(labels_txt, None if classes is None else Path(classes))
-    labels = label_map(read_mat(Path(path), "LabelMap"), "LabelMap", path)
+    labels = label_map(read_mat(path, "LabelMap"), "LabelMap", path)
     return relabel(labels, table, path, f"0 and the {len(table) - 1} indices of {labels_txt}")
 
 
-def _labels_txt(path: Path) -> Path:
-    folders = (path.parents[1], path.parent)
+def _labels_txt(*folders: Path) -> Path:
     for folder in folders:
         if (folder / "labels.txt").is_file():
             return folder / "labels.txt"
@@ -101,12 +99,14 @@ def _labels_txt(path: Path) -> Path:
 def _table(labels_txt: Path, classes: Path | None) -> dict[int, int]:
     """Class of each index of labels.txt."""
     indices = {name: index for index, name in _names(labels_txt) if index}
-    table = {0: 0} | dict.fromkeys(indices.values(), 0)
+    table, taken = {0: 0} | dict.fromkeys(indices.values(), 0), dict[int, str]()
     for class_, name in enumerate(pascal_context_classes(classes)[1:], 1):
         found = indices.get(name, indices.get(_ALIASES.get(name, name)))
         if found is None:
             raise ValueError(f"{labels_txt} has no label {name!r}, a class of {classes or 'PASCAL-Context'}")
-        table[found] = class_
+        if found in taken:
+            raise ValueError(f"{classes} names the label {found} of {labels_txt} twice: {taken[found]!r} and {name!r}")
+        table[found], taken[found] = class_, name
     return table
 
 

@@ -7,17 +7,15 @@ names are not part of these annotations: DeepLab's pascal_person_part_trainval_l
 The merge of parts is that of a public conversion script that cites DeepLab v2; its paper names the same six parts.
 """
 
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 
-from crfnet.data.label_maps import field, label_map, records, text
 from crfnet.data.lists import find_folder, read_list, want_pair
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import field_of, label_map, read_mat, records, text
 from crfnet.data.voc import voc_folder
-from crfnet.images import Uint8, atomic_write
+from crfnet.images import PathLike, Uint8, atomic_write
 
 _PARTS = {
     "background": "",
@@ -34,9 +32,7 @@ _LISTS = "pascal_person_part_trainval_list"
 COUNTS = {"train": 1716, "val": 1817}
 
 
-def person_part_files(
-    root: str | os.PathLike[str], split: str, *, voc: str | os.PathLike[str] | None = None
-) -> list[tuple[Path, Path]]:
+def person_part_files(root: PathLike, split: str, *, voc: PathLike | None = None) -> list[tuple[Path, Path]]:
     """Lists image and .mat of a split; read the labels with ``person_part_labels``.
 
     Args:
@@ -64,27 +60,25 @@ def person_part_labels(path: Path) -> Uint8:
     Raises:
         ValueError: damaged, another key or field, no object, masks of two sizes, an unknown part; names the file.
     """
-    objects = records(field(read_mat(path, "anno"), "objects", path))
+    objects = records(field_of(read_mat(path, "anno"), "objects", path))
     if not objects:
         raise ValueError(f"{path}: anno.objects is empty; wanted one object or more")
-    labels = np.zeros(label_map(field(objects[0], "mask", path), "mask", path).shape, np.uint8)
+    labels = np.zeros(label_map(field_of(objects[0], "mask", path), "mask", path).shape, np.uint8)
     for thing in objects:
-        if text(field(thing, "class", path)) != "person":
+        if text(field_of(thing, "class", path)) != "person":
             continue
-        for part in records(field(thing, "parts", path)):
-            name = text(field(part, "part_name", path))
+        for part in records(field_of(thing, "parts", path)):
+            name = text(field_of(part, "part_name", path))
             if name not in _CLASS_OF:
                 raise ValueError(f"{path}: a person has the part {name!r}; wanted one of {sorted(_CLASS_OF)}")
-            mask = label_map(field(part, "mask", path), f"mask of {name}", path)
+            mask = label_map(field_of(part, "mask", path), f"mask of {name}", path)
             if mask.shape != labels.shape:
                 raise ValueError(f"{path}: the mask of {name} is {mask.shape}, another {labels.shape}; wanted one size")
             labels[mask != 0] = _CLASS_OF[name]
     return labels
 
 
-def write_person_part_lists(
-    root: str | os.PathLike[str], *, voc: str | os.PathLike[str] | None = None
-) -> tuple[Path, Path]:
+def write_person_part_lists(root: PathLike, *, voc: PathLike | None = None) -> tuple[Path, Path]:
     """Writes train.txt and val.txt beside Annotations_Part: the images of VOC 2010's lists with a part of a person.
 
     Takes some minutes, as it opens every annotation.
@@ -117,6 +111,6 @@ def write_person_part_lists(
     return paths["train"], paths["val"]
 
 
-def _folders(root: str | os.PathLike[str], voc: str | os.PathLike[str] | None) -> tuple[Path, Path]:
+def _folders(root: PathLike, voc: PathLike | None) -> tuple[Path, Path]:
     folder = find_folder(root, "Annotations_Part", ("trainval",), "PASCAL-Part")
     return folder, voc_folder(root if voc is None else voc, year=2010, lists="Main")

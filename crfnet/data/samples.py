@@ -70,13 +70,13 @@ def _decode(
             f"{label_file} is {labels.shape[-1]}x{labels.shape[-2]} pixels, "
             f"its image {image_file} {image.shape[2]}x{image.shape[1]}; wanted the same size"
         )
-    labels = np.where(labels == ignore_index, np.uint8(VOID), labels)
-    wrong = np.unique(labels[(labels >= num_classes) & (labels != VOID)])
+    wrong = np.unique(labels[(labels >= num_classes) & (labels != ignore_index)])
     if len(wrong):
         raise ValueError(
             f"{label_file} holds the labels {wrong.tolist()}; "
             f"wanted 0..{num_classes - 1} and ignore_index {ignore_index} (num_classes is {num_classes})"
         )
+    labels = np.where(labels == ignore_index, np.uint8(VOID), labels)
     return torch.from_numpy(np.array(image, order="C")), torch.from_numpy(labels)
 
 
@@ -183,8 +183,7 @@ class Samples(Dataset[Sample]):
         read_labels: reads a label file, ``(H, W)`` or ``(K, H, W)`` uint8 with 255 = void; an indexed or grey picture,
             unless given. Both must be functions that a worker process can import.
 
-    ``set_epoch`` before each pass gives new crops; a ``DataLoader`` passes it on to workers that it starts afterwards
-    (leave ``persistent_workers`` off).
+    An index is a number, or (epoch, number), as ``crfnet.order`` draws them: each epoch has random draws of its own.
     """
 
     def __init__(
@@ -200,21 +199,17 @@ class Samples(Dataset[Sample]):
         read_labels: LabelReader = images.read_labels,
     ) -> None:
         self.files, self.num_classes, self.ignore_index = list(files), num_classes, ignore_index
-        self.transform, self.seed, self.epoch = transform, seed, 0
+        self.transform, self.seed = transform, seed
         self.read_image, self.read_labels = read_image, read_labels
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None  # images as read, uint8 labels
-
-    def set_epoch(self, epoch: int) -> None:
-        """Selects the random draws of one pass over the data."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         """Number of files."""
         return len(self.files)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
-        """Sample ``index``, or (epoch, index) whatever ``set_epoch`` said: image, labels and inside."""
-        epoch, index = (self.epoch, index) if isinstance(index, int) else index
+        """Image, labels and inside of the sample ``index``, or (epoch, index); an index alone is of epoch 0."""
+        epoch, index = (0, index) if isinstance(index, int) else index
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} samples")  # ends a plain for loop over the samples
         index %= len(self)

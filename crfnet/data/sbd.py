@@ -15,15 +15,16 @@
 Source: TransformBerkeleyVOC2011Annot.m of DeepLab; data/pascal of FCN's repository; arXiv:1502.03240, section 7.
 """
 
-import os
 import warnings
 from pathlib import Path
 
-from crfnet.data.label_maps import field, label_map, relabel
+import numpy as np
+
+from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, read_list, want_file, want_pair
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import field_of, label_map, read_mat
 from crfnet.data.voc import VOC_CLASSES, voc_files, voc_folder
-from crfnet.images import Uint8, atomic_write, read_labels, write_labels
+from crfnet.images import PathLike, Uint8, atomic_write, read_labels, write_labels
 
 COUNTS = {
     "train_aug": 10_582, "trainval_aug": 12_031, "seg11valid": 736, "CRF-RNN's train": 11_685, "CRF-RNN's val": 346,
@@ -33,7 +34,7 @@ _WITH_VOID = {**_CLASSES, 255: 255}
 _AUG_LINE = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
 
 
-def sbd_folder(root: str | os.PathLike[str]) -> Path:
+def sbd_folder(root: PathLike) -> Path:
     """Finds SBD's folder ``dataset`` from itself, from benchmark_RELEASE or from the folder that holds that.
 
     Raises:
@@ -42,7 +43,7 @@ def sbd_folder(root: str | os.PathLike[str]) -> Path:
     return find_folder(root, "cls", ("dataset", "benchmark_RELEASE/dataset"), "SBD")
 
 
-def sbd_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+def sbd_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists image and .mat of every member of SBD's ``train`` or ``val``; read the labels with ``sbd_labels``.
 
     Raises:
@@ -62,29 +63,31 @@ def sbd_labels(path: Path) -> Uint8:
     Raises:
         ValueError: damaged, another key or field, or an unknown label; names the file.
     """
-    found = field(read_mat(path, "GTcls"), "Segmentation", path)
+    found = field_of(read_mat(path, "GTcls"), "Segmentation", path)
     return relabel(label_map(found, "GTcls.Segmentation", path), _CLASSES, path, "0..20")
 
 
-def write_train_aug(voc_root: str | os.PathLike[str], sbd_root: str | os.PathLike[str]) -> tuple[Path, Path]:
+def write_train_aug(voc_root: PathLike, sbd_root: PathLike) -> tuple[Path, Path]:
     """Adds train_aug and trainval_aug to a VOC 2012 folder and returns their lists; ``voc_files`` reads them.
 
     Writes ``SegmentationClassAug/<id>.png``, VOC's own mask where there is one and SBD's elsewhere, then the two lists
     in ``ImageSets/Segmentation``. Nothing of VOC or SBD is changed. Each file appears whole or not at all, the lists
-    last; after an interruption the masks that are there are kept and the rest is written.
+    last. Masks that are there without the lists, as after an interruption, must hold what would be written; with both
+    lists, whose order is free, they are left as they are and only missing ones written.
 
     Warns:
         UserWarning: the lists do not have 10,582 and 12,031 lines, as when a part of either data set is there.
 
     Raises:
         FileNotFoundError: a folder, list, image or mask is missing.
-        FileExistsError: there is another list of that name.
+        FileExistsError: there is another list of that name, or without the lists another mask.
         ValueError: a damaged mask or one with unknown labels; names the file.
     """
     voc, sbd = voc_folder(voc_root), sbd_folder(sbd_root)
     train, val = ([image.stem for image, _ in voc_files(voc, split)] for split in ("train", "val"))
     listed = {line.name: line.where for split in ("train", "val") for line in read_list(sbd / f"{split}.txt", "a name")}
-    more = sorted(listed.keys() - {*train, *val})
+    added = listed.keys() - {*train, *val}
+    more = sorted(added)
     for name in more:
         want_file(voc / "JPEGImages" / f"{name}.jpg", f"{listed[name]} names {name!r}, but VOC's image")
         want_file(sbd / "cls" / f"{name}.mat", f"{listed[name]} names {name!r}, but its label")
@@ -92,25 +95,33 @@ def write_train_aug(voc_root: str | os.PathLike[str], sbd_root: str | os.PathLik
     lists = {split: voc / "ImageSets" / "Segmentation" / f"{split}.txt" for split in splits}
     texts = {split: "".join(map(_AUG_LINE.format, names)).encode() for split, names in splits.items()}
     for split, path in lists.items():  # before the masks, which take a while
-        if path.exists() and path.read_bytes() != texts[split]:
+        if path.exists() and sorted(path.read_bytes().split()) != sorted(texts[split].split()):
             raise FileExistsError(f"{path} holds another list; move it away to have it written")
         _compare_count(split, len(splits[split]))
-    masks = voc / "SegmentationClassAug"
+    whole, masks = all(path.exists() for path in lists.values()), voc / "SegmentationClassAug"
     masks.mkdir(exist_ok=True)
-    for name in train + val:
-        if not (masks / f"{name}.png").exists():
-            source = voc / "SegmentationClass" / f"{name}.png"
-            write_labels(masks / f"{name}.png", relabel(read_labels(source), _WITH_VOID, source, "0..20 and 255"))
-    for name in more:
-        if not (masks / f"{name}.png").exists():
-            write_labels(masks / f"{name}.png", sbd_labels(sbd / "cls" / f"{name}.mat"))
+    for name in train + val + more:
+        path = masks / f"{name}.png"
+        if path.exists() and whole:
+            continue
+        labels = sbd_labels(sbd / "cls" / f"{name}.mat") if name in added else _voc_labels(voc, name)
+        if not path.exists():
+            write_labels(path, labels)
+        elif not np.array_equal(read_labels(path), labels):
+            raise FileExistsError(f"{path} holds other labels than its source; move it away to have it written")
     for split, path in lists.items():
-        with atomic_write(path) as stream:
-            stream.write(texts[split])
+        if not path.exists():
+            with atomic_write(path) as stream:
+                stream.write(texts[split])
     return lists["train_aug"], lists["trainval_aug"]
 
 
-def seg11valid_files(voc2011_root: str | os.PathLike[str], sbd_root: str | os.PathLike[str]) -> list[tuple[Path, Path]]:
+def _voc_labels(voc: Path, name: str) -> Uint8:
+    source = voc / "SegmentationClass" / f"{name}.png"
+    return relabel(read_labels(source), _WITH_VOID, source, "0..20 and 255")
+
+
+def seg11valid_files(voc2011_root: PathLike, sbd_root: PathLike) -> list[tuple[Path, Path]]:
     """Lists FCN's validation images: those of VOC 2011 val that are not in SBD's train.
 
     Warns:
@@ -121,14 +132,12 @@ def seg11valid_files(voc2011_root: str | os.PathLike[str], sbd_root: str | os.Pa
     """
     folder = voc_folder(voc2011_root, year=2011)
     trained = {line.name for line in read_list(sbd_folder(sbd_root) / "train.txt", "one image name")}
-    files = [pair for pair in voc_files(folder, "val") if pair[0].stem not in trained]
+    files = [pair for pair in voc_files(folder, "val", year=2011) if pair[0].stem not in trained]
     _compare_count("seg11valid", len(files))
     return files
 
 
-def crfrnn_files(
-    voc_root: str | os.PathLike[str], sbd_root: str | os.PathLike[str], split: str
-) -> list[tuple[Path, Path]]:
+def crfrnn_files(voc_root: PathLike, sbd_root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists the images that CRF-RNN trains on or validates on; read the labels with ``voc_or_sbd_labels``.
 
     Args:

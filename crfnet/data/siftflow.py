@@ -6,16 +6,15 @@ classes; geometric -1 void, 1 to 3. Lists ``<root>/<split>.txt`` of names, such 
 Source: FCN's siftflow_layers.py and data/sift-flow.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from crfnet.data.label_maps import label_map, relabel
+from crfnet.data.label_maps import relabel
 from crfnet.data.lists import find_folder, read_list, want_file, want_pair
-from crfnet.data.matlab import read_mat
+from crfnet.data.matlab import label_map, read_mat
 from crfnet.data.samples import VOID
-from crfnet.images import Uint8
+from crfnet.images import PathLike, Uint8
 
 SIFTFLOW_CLASSES = (
     "awning", "balcony", "bird", "boat", "bridge", "building", "bus", "car", "cow", "crosswalk", "desert", "door",
@@ -23,14 +22,13 @@ SIFTFLOW_CLASSES = (
     "sidewalk", "sign", "sky", "staircase", "streetlight", "sun", "tree", "window",
 )  # fmt: skip
 SIFTFLOW_GEOMETRIC = ("sky", "horizontal", "vertical")
-SIFTFLOW_NOT_IN_TEST = ("cow", "desert", "moon")  # leave them out of the mean IoU of the test set
 SCENES = "spatial_envelope_256x256_static_8outdoorcategories"
 WITHOUT_LABELS = frozenset({"highway_bost181", "street_urb506"})  # pictures of the data set, never annotated
 _SEMANTIC = {0: VOID} | {label: label - 1 for label in range(1, 34)}
 _GEOMETRIC = {-1: VOID, 0: VOID} | {label: label - 1 for label in range(1, 4)}  # 0 as FCN takes it
 
 
-def siftflow_files(root: str | os.PathLike[str], split: str) -> list[tuple[Path, Path]]:
+def siftflow_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
     """Lists image and semantic .mat of a split; ``siftflow_labels`` reads that and the geometric one beside it.
 
     The two images without annotation are left out.

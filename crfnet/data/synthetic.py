@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crfnet.images import label_picture
+from crfnet.data.samples import VOID
+from crfnet.images import PathLike, label_picture
 
 Array = np.ndarray
 Part = tuple[Array, int]  # where the part is (bool), and its tone: 0 body, 1 trim, 2 dark, 3 bright
 
 Drawer = Callable[[Array, Array, np.random.Generator], list[Part]]
 
-VOID = 255
 SAMPLES = 3  # samples per pixel and axis
 
 
@@ -266,8 +266,9 @@ def draw_scene(rng: np.random.Generator, height: int = 96, width: int = 128) -> 
     return cells.clip(0, 255).round().astype(np.uint8), labels
 
 
-def write_voc(root: str | os.PathLike[str], *, num_train: int = 240, num_val: int = 60, height: int = 96,
-              width: int = 128, seed: int = 0) -> Path:  # fmt: skip
+def write_scenes(
+    root: PathLike, *, num_train: int = 240, num_val: int = 60, height: int = 96, width: int = 128, seed: int = 0
+) -> Path:
     """Writes a data set of scenes below ``root`` and returns the folder ``root/VOCdevkit/VOC2012``.
 
     The same arguments give the same scenes; a folder that is there already is kept if it was made with the same

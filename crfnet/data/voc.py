@@ -9,14 +9,14 @@ indexed PNGs: 0 background, 1 to 20 the classes, 255 void.
 | train_aug, trainval_aug | 10,582, 12,031: with the masks of SBD, see ``write_train_aug`` |
 """
 
-import os
+import re
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from crfnet.data.lists import find_folder, path_below, read_list, want_file, want_pair
-from crfnet.images import label_picture, write_labels
+from crfnet.images import PathLike, label_picture, write_labels
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -25,18 +25,21 @@ VOC_CLASSES = (
 RESULTS = "results/VOC2012/Segmentation/comp6_test_cls"  # comp6: trained with more than VOC's own images
 
 
-def voc_folder(root: str | os.PathLike[str], *, year: int = 2012, lists: str = "Segmentation") -> Path:
+def voc_folder(root: PathLike, *, year: int = 2012, lists: str = "Segmentation") -> Path:
     """Finds the folder VOC2012 from itself, from VOCdevkit or from the folder that holds VOCdevkit.
 
     Raises:
-        FileNotFoundError: none of them holds ``ImageSets/<lists>``; says where it looked.
+        FileNotFoundError: none of them holds ``ImageSets/<lists>``; says where it looked. Or root is another year's.
     """
     name = f"VOC{year}"
+    called = Path(root).resolve().name
+    if re.fullmatch(r"VOC\d{4}", called) and called != name:
+        raise FileNotFoundError(f"root {str(root)!r} is {called}; wanted {name}, or a folder that holds it")
     below = (name, f"VOCdevkit/{name}", f"TrainVal/VOCdevkit/{name}")  # TrainVal as the archive of 2011 has it
     return find_folder(root, f"ImageSets/{lists}", below, f"PASCAL VOC {year}")
 
 
-def voc_files(root: str | os.PathLike[str], split: str, *, labels: str | None = None) -> list[tuple[Path, Path]]:
+def voc_files(root: PathLike, split: str, *, labels: str | None = None, year: int = 2012) -> list[tuple[Path, Path]]:
     """Lists the image and label file of every member of a split, in the order of its list.
 
     Args:
@@ -45,12 +48,13 @@ def voc_files(root: str | os.PathLike[str], split: str, *, labels: str | None = 
             your own, of names or of ``/JPEGImages/x.jpg /SegmentationClassAug/x.png`` lines.
         labels: folder of the label images where the list holds names alone; SegmentationClass, or SegmentationClassAug
             for splits that end in ``_aug``.
+        year: of the folder, for VOC 2011 say.
 
     Raises:
         FileNotFoundError: the folder, the list, an image or a label is missing.
         ValueError: the list is empty, or a path leads out of the folder.
     """
-    folder, augmented = voc_folder(root), split.endswith("_aug")
+    folder, augmented = voc_folder(root, year=year), split.endswith("_aug")
     labels = labels or ("SegmentationClassAug" if augmented else "SegmentationClass")
     hint = " (crfnet.data.write_train_aug makes it)" if augmented else ""
     files = []
@@ -65,7 +69,7 @@ def voc_files(root: str | os.PathLike[str], split: str, *, labels: str | None = 
     return files
 
 
-def voc_images(root: str | os.PathLike[str], split: str = "test") -> list[Path]:
+def voc_images(root: PathLike, split: str = "test") -> list[Path]:
     """Lists the images of a split in the order of its list; needs no labels, which the test images have not.
 
     Args:
@@ -86,7 +90,7 @@ def voc_images(root: str | os.PathLike[str], split: str = "test") -> list[Path]:
     return images
 
 
-def write_voc_results(folder: str | os.PathLike[str], image_id: str, labels: ArrayLike) -> Path:
+def write_voc_results(folder: PathLike, image_id: str, labels: ArrayLike) -> Path:
     """Writes ``folder/results/VOC2012/Segmentation/comp6_test_cls/<image_id>.png``, as VOC's test server wants it.
 
     Args:

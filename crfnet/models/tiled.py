@@ -60,11 +60,11 @@ class Tiled(nn.Module):
                 if total is None:
                     dtype = torch.promote_types(logits.dtype, torch.float32)  # bfloat16 would add up badly
                     total = logits.new_zeros((*logits.shape[:2], H, W), dtype=dtype)
-                    count = torch.zeros((H, W), device=logits.device)
+                    weights = torch.zeros((H, W), device=logits.device)
                 total[:, :, top : top + h, left : left + w] += logits * weight
-                count[top : top + h, left : left + w] += weight
+                weights[top : top + h, left : left + w] += weight
         assert total is not None  # an image has a tile
-        return total / count
+        return total / weights
 
     def _logits(self, tile: Tensor) -> Tensor:
         logits = self.network(tile)

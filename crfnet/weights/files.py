@@ -47,7 +47,7 @@ def read(path: PathLike) -> dict[str, Tensor]:
     if kind == "torch":
         return _read_torch(path)
     if kind == "safetensors":
-        safetensors = _safetensors()
+        safetensors = want_safetensors()
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a newer dtype
@@ -69,7 +69,7 @@ def read_metadata(path: PathLike) -> dict[str, str]:
     """
     if _kind(path) != "safetensors":
         raise ValueError(f"{path}: not a safetensors file; the other kinds have no metadata")
-    safetensors = _safetensors()
+    safetensors = want_safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -100,7 +100,7 @@ def save(tensors: Mapping[str, Tensor], path: PathLike, metadata: Mapping[str, s
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise ValueError(f"{path}: metadata[{key!r}] is {text!r}; wanted strings")
-    safetensors = _safetensors()
+    safetensors = want_safetensors()
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -183,7 +183,12 @@ def _brief(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _safetensors() -> Any:
+def want_safetensors() -> Any:
+    """The library that `save` and `load` need for our own files.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import safetensors.torch
     except ImportError as error:

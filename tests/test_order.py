@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crfnet import batches
-from crfnet.batches import Order
+from crfnet import order
+from crfnet.order import Order
 
 
 @given(
@@ -32,10 +32,10 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_processes_share_each_batch(monkeypatch):
     whole = list(Order(7, 6, seed=2, start=3, stop=9))
-    monkeypatch.setattr(batches, "world_size", lambda: 3)
+    monkeypatch.setattr(order, "world_size", lambda: 3)
     shares = []
     for number in range(3):
-        monkeypatch.setattr(batches, "rank", lambda number=number: number)
+        monkeypatch.setattr(order, "rank", lambda number=number: number)
         shares.append(list(Order(7, 6, seed=2, start=3, stop=9)))
     assert [
         [pair for trio in zip(*parts, strict=True) for pair in trio] for parts in zip(*shares, strict=True)

@@ -1,47 +1,38 @@
-"""The recipes, run whole on a handful of tiny scenes."""
+"""recipes/voc_deeplab.py, run whole on a handful of tiny scenes."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe import RECIPES, load
 from slim import slim
 
 from crfnet import DenseCRF, images, weights
-from crfnet.data import write_voc
-from crfnet.models import DeepLabV1MSc, SmallDeepLab
+from crfnet.data import Samples, voc_files, write_scenes
+from crfnet.evaluation import evaluate
+from crfnet.models import DeepLabV1MSc, SmallDeepLab, WithCRF
 from crfnet.tuning import Grid
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "voc_deeplab.py"
 TINY = {
-    "held_out": 2, "width": 4, "iterations": 4, "batch_size": 2, "joint_iterations": 4, "guards": 2,
+    "held_out": 2, "width": 4, "iterations": 4, "batch_size": 2, "joint_iterations": 4, "guard_images": 2,
     "grid": Grid((2.0,), (50.0,), (10.0, 20.0), rounds=0),
 }  # fmt: skip
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("voc_deeplab", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["voc_deeplab"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def recipe():
-    return load()
+    return load("voc_deeplab")
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
-    write_voc(root, num_train=6, num_val=2, height=32, width=40)
+    write_scenes(root, num_train=6, num_val=2, height=32, width=40)
     lists = root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
     (lists / "test.txt").write_text((lists / "val.txt").read_text())
     return root
@@ -84,15 +75,15 @@ def test_tables_plots_and_logs_are_there_and_nothing_half_written(run):
     assert [path.name for path in (out / "joint").iterdir()] == ["log.csv"]  # no checkpoints were asked for
 
 
-def test_checkpoint_gives_the_networks_back(run):
+def test_checkpoint_gives_the_networks_back(scenes, run):
     out, scores = run
     checkpoint = torch.load(out / "networks.pt", weights_only=True)
     dcnn = SmallDeepLab(21, width=4)
     dcnn.load_state_dict(checkpoint["joint_dcnn"])
     crf = DenseCRF(21)
     crf.load_state_dict(checkpoint["joint_crf"])
-    image = torch.rand(1, 3, 32, 40) * 255
-    assert crf.eval()(dcnn.eval()(image), image).isfinite().all()
+    val = Samples(voc_files(scenes, "val"), 21)
+    assert evaluate(WithCRF(dcnn, crf).eval(), val)["mean_iou"] == pytest.approx(scores["joint"]["mean_iou"])
 
 
 def test_the_same_seed_gives_the_same_scores(recipe, scenes, run, tmp_path):
@@ -125,10 +116,18 @@ def test_pairs_with_another_ignore_index(recipe, tmp_path):
 def test_wrong_settings_say_what_is_wanted(recipe, scenes, tmp_path):
     with pytest.raises(ValueError, match="--root"):
         recipe.main(recipe.Config(dataset="voc", out=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"held_out .*1\.\.5, got 6"):
+    with pytest.raises(ValueError, match=r"held_out: count must be 1\.\.5 of 6 files, got 6"):
         recipe.main(recipe.Config(dataset="voc", root=str(scenes), out=str(tmp_path), held_out=6))
     with pytest.raises(FileNotFoundError, match="no PASCAL VOC 2012 folder"):
         recipe.main(recipe.Config(dataset="voc", root=str(tmp_path), out=str(tmp_path)))
+    for wrong in ("guard_images", "joint_iterations"):
+        with pytest.raises(ValueError, match=f"{wrong} must be a whole number, 1 or more, got 0"):
+            recipe.main(recipe.Config(root=str(scenes), out=str(tmp_path), **{**TINY, wrong: 0}))
+    (tmp_path / "maps" / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls").mkdir(parents=True)
+    (tmp_path / "maps" / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls" / "x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="label maps of other images, the first x.png"):  # before anything is trained
+        recipe.main(recipe.Config(root=str(scenes), out=str(tmp_path), submission=str(tmp_path / "maps"), **TINY))
+    assert not (tmp_path / "results.json").exists()
     with pytest.raises(ValueError, match="sbd adds to VOC, got data set 'pairs'"):
         recipe.main(recipe.Config(dataset="pairs", root=str(tmp_path), out=str(tmp_path), sbd=str(tmp_path)))
 
@@ -137,7 +136,7 @@ def test_recipe_imports_without_tyro_and_tqdm():
     """Neither is among the core dependencies; only the command line's flags need tyro."""
     code = (
         "import sys, runpy; sys.modules['tyro'] = sys.modules['tqdm'] = None\n"
-        f"names = runpy.run_path({str(RECIPE)!r}, run_name='recipe')\n"
+        f"names = runpy.run_path({str(RECIPES / 'voc_deeplab.py')!r}, run_name='recipe')\n"
         "print(sorted(names['Config']().__dict__)[0], list(names['bar']('x')(range(3))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,57 @@
+"""How the label maps of a data set are found, matched and read: what ``crfnet evaluate --dataset`` chooses.
+
+| layout     | prediction and truth of an image                                               | labels              |
+| ---------- | ------------------------------------------------------------------------------ | ------------------- |
+| PLAIN      | files of one stem in two folders                                               | as they are         |
+| CITYSCAPES | ``<frame>_labelIds.png``, ``<frame>_gtFine_labelIds.png``, by city or together | labelIds → trainIds |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from crfnet.batch import LABEL_MAPS, PICTURES, by_stem
+from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, cityscapes_frame, cityscapes_labels
+from crfnet.images import Uint8, read_labels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of an image are, and what is in them."""
+
+    name_of: Callable[[Path], str]  # what the files of an image share
+    maps: Callable[[Path], dict[str, Path]]  # label maps of a folder, by these names
+    photos: Callable[[Path], dict[str, Path]]  # likewise
+    read: Callable[[Path], Uint8]  # labels (H, W)
+    wanted: str  # what a folder of label maps has in it
+    names: tuple[str, ...] = ()  # of the classes, where the layout knows them
+    palette: Uint8 | None = None
+
+
+def _by_frame(folder: Path, pattern: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob(pattern)):
+        frame = cityscapes_frame(path)
+        if frame in found:
+            raise ValueError(f"{found[frame]} and {path} are of one frame: which is meant?")
+        found[frame] = path
+    return found
+
+
+PLAIN = Layout(
+    lambda path: path.stem,
+    lambda folder: by_stem(folder, LABEL_MAPS),
+    lambda folder: by_stem(folder, PICTURES),
+    read_labels,
+    " ".join(LABEL_MAPS),
+)
+CITYSCAPES = Layout(
+    cityscapes_frame,
+    lambda folder: _by_frame(folder, "*_labelIds.png"),
+    lambda folder: _by_frame(folder, "*_leftImg8bit.png"),
+    cityscapes_labels,
+    "*_labelIds.png",
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_PALETTE,
+)
+LAYOUTS = {"plain": PLAIN, "cityscapes": CITYSCAPES}
