@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from crfnet.data import VOID, Crop, Samples, image_sizes, pairs_files, read_sample, voc_files, write_scenes
 from crfnet.data.samples import MEAN_COLOUR
 from crfnet.data.synthetic import CLASSES, draw_scene
 from crfnet.data.voc import voc_folder
-from crfnet.images import voc_palette
+from crfnet.images import read_image, voc_palette
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,15 @@ def test_scene_folder_is_voc(scenes):
     with Image.open(files[0][0]) as image:
         assert (image.format, image.size) == ("JPEG", (64, 48))
     assert image_sizes(files).tolist() == [[48, 64]] * 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_the_picture_as_it_is_read(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (9, 5)).save(tmp_path / "a.jpg", exif=exif)
+    (size,) = image_sizes([(tmp_path / "a.jpg", tmp_path / "a.png")]).tolist()
+    assert tuple(size) == read_image(tmp_path / "a.jpg").shape[:2]
 
 
 def test_scene_folder_is_kept_or_refused(scenes):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ExifTags
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -90,7 +91,7 @@ def _describe(array: np.ndarray) -> str:
 
 
 def image_sizes(files: Sequence[tuple[Path, Path]]) -> np.ndarray:
-    """Height and width of each image, (n, 2), from the heads of the files.
+    """Height and width of each image as it is read, turned as its EXIF data say, (n, 2); from the heads of the files.
 
     Raises:
         ValueError: a file is no image, damaged, or over the limit of pixels; names it.
@@ -98,7 +99,8 @@ def image_sizes(files: Sequence[tuple[Path, Path]]) -> np.ndarray:
     sizes = []
     for path, _ in files:
         with images.opened(path, images.MAX_PIXELS) as image:
-            sizes.append((image.height, image.width))
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+            sizes.append((image.width, image.height) if turned else (image.height, image.width))
     return np.array(sizes)
 
 
