@@ -81,7 +81,7 @@ class Config:
     joint_iterations: int = 800
     joint_crop: tuple[int, int] = (240, 320)
     joint_learning_rate: float = 1e-4  # of the DCNN
-    crf_learning_rate: float = 3e-3
+    crf_learning_rate: float = 1e-2
     joint_average: float = 0.99
     clip_crf: float = 1.0
     guard_images: int = 20  # training images on which fine-tuning must not lose
