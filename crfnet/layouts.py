@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crfnet.batch import LABEL_MAPS, PICTURES, by_stem
 from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, cityscapes_frame, cityscapes_labels
+from crfnet.data.cityscapes import CITYSCAPES_ENDINGS
 from crfnet.images import Uint8, read_labels
 
 
@@ -20,18 +21,20 @@ class Layout:
     """Where the files of an image are, and what is in them."""
 
     name_of: Callable[[Path], str]  # what the files of an image share
+    listed: Callable[[str], str]  # the same from a line of a split
     maps: Callable[[Path], dict[str, Path]]  # label maps of a folder, by these names
     photos: Callable[[Path], dict[str, Path]]  # likewise
     read: Callable[[Path], Uint8]  # labels (H, W)
     wanted: str  # what a folder of label maps has in it
+    label: str = "label"  # what ``read`` gives, in messages
     names: tuple[str, ...] = ()  # of the classes, where the layout knows them
     palette: Uint8 | None = None
 
 
-def _by_frame(folder: Path, pattern: str) -> dict[str, Path]:
+def _by_frame(folder: Path, *endings: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob(pattern)):
-        frame = cityscapes_frame(path)
+    for path in sorted(folder.rglob(f"*{endings[0]}")):
+        frame = cityscapes_frame(path, endings)
         if frame in found:
             raise ValueError(f"{found[frame]} and {path} are of one frame: which is meant?")
         found[frame] = path
@@ -40,6 +43,7 @@ def _by_frame(folder: Path, pattern: str) -> dict[str, Path]:
 
 PLAIN = Layout(
     lambda path: path.stem,
+    lambda name: name,
     lambda folder: by_stem(folder, LABEL_MAPS),
     lambda folder: by_stem(folder, PICTURES),
     read_labels,
@@ -47,10 +51,12 @@ PLAIN = Layout(
 )
 CITYSCAPES = Layout(
     cityscapes_frame,
-    lambda folder: _by_frame(folder, "*_labelIds.png"),
-    lambda folder: _by_frame(folder, "*_leftImg8bit.png"),
+    lambda name: cityscapes_frame(Path(f"{name}.png"), (*CITYSCAPES_ENDINGS, ".png")),
+    lambda folder: _by_frame(folder, "_labelIds.png", "_gtFine_labelIds.png"),
+    lambda folder: _by_frame(folder, "_leftImg8bit.png"),
     cityscapes_labels,
     "*_labelIds.png",
+    "trainId",
     CITYSCAPES_CLASSES,
     CITYSCAPES_PALETTE,
 )

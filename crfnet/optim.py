@@ -10,7 +10,7 @@ Factors of the learning rate and of the weight decay:
 | weights of the score layers | 10            | 1            | DeepLab v1 and v2; 1 in FCN                    |
 | biases of the score layers  | 20            | 0            | likewise; 2 in FCN                             |
 | batch norm, where it learns | 1             | 0            |                                                |
-| the CRF's                   | its own       | 0 (ours)     | CRF-RNN: 1e4 for weights, 1e3 compatibility     |
+| the CRF's                   | its own       | 0 (ours)     | CRF-RNN: weights 1e4, compatibilities 1e3      |
 
     step   lr * gamma^floor(iteration / every)        (arXiv:1412.7062, section 5)
     poly   lr * (1 - iteration / total)^power         (arXiv:1606.00915, section 4.1.2)

@@ -19,7 +19,7 @@ from crfnet.crf import DenseCRF
 from crfnet.data import Samples
 from crfnet.images import write_image
 from crfnet.models import WithCRF
-from crfnet.processes import gather, rank
+from crfnet.processes import on_first
 from crfnet.progress import bar
 from crfnet.surface import surface_plot
 from crfnet.tuning import Grid, Search, search, unaries
@@ -57,8 +57,8 @@ def fit(
         TypeError: the network returns something else than one tensor (1, L, h, w).
         OSError: the folder cannot be written.
     """
-    found = None
-    if not rank():
+
+    def searched() -> Search:
         images, logits, labels = unaries(network, samples, count=count, seed=seed, device=device)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -69,7 +69,9 @@ def fit(
         write_image(folder / "search.png", surface_plot(found))
         change = f"held-out mean IoU {found.without_crf.mean_iou:.4f} → {found.best.mean_iou:.4f}"
         print(f"{len(found.table)} trials, {change}: {found.parameters}", flush=True)
-    found = gather(found)[0]
+        return found
+
+    found = on_first(searched)
     crf = DenseCRF(
         samples.num_classes, **asdict(found.parameters), num_iterations=grid.num_iterations,
         num_iterations_eval=grid.num_iterations, weights="scalar", compatibility="potts", learn=(),

@@ -6,12 +6,14 @@ A script that begins with ``device = start("cuda")`` runs alone, and on several 
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # the others wait while the first searches or writes; of one that dies torchrun ends all
 
 
@@ -66,6 +68,23 @@ def add_up(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def on_first(call: Callable[[], T]) -> T:
+    """What ``call`` returns on the first process, which alone makes it; the others wait, and raise what it raised."""
+    if world_size() == 1:
+        return call()
+    returned: Any = None
+    raised: Exception | None = None
+    if not rank():
+        try:
+            returned = call()
+        except Exception as error:  # the others would wait for what never comes
+            raised = error
+    returned, raised = gather((returned, raised))[0]
+    if raised is not None:
+        raise raised
+    return returned
 
 
 def gather(thing: Any) -> list[Any]:

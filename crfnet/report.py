@@ -119,6 +119,8 @@ class Report:
         self._write("report.md", ("\n\n".join(parts) + "\n").encode())
         if all(bool(curve.counts.any()) for curve in self.curves.values()):  # there are boundaries
             write_image(self.folder / "trimap.png", trimap_plot(self.curves))
+        else:
+            (self.folder / "trimap.png").unlink(missing_ok=True)
         write_image(self.folder / "panel.png", self._panel())
 
     def _panel(self) -> Uint8:

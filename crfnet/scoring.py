@@ -63,7 +63,7 @@ def match(
     for folder, found in ((predictions, called), (truth, true)):
         if not found:
             raise ValueError(f"{folder}: no label map in this folder ({layout.wanted})")
-    names = sorted(called.keys() | true.keys()) if split is None else _names(split)
+    names = sorted(called.keys() | true.keys()) if split is None else _names(split, layout)
     for folder, found in ((predictions, called), (truth, true)):
         missing = [name for name in names if name not in found]
         if missing:
@@ -90,8 +90,8 @@ def _listed(listing: Path) -> list[Pair]:
     return pairs
 
 
-def _names(split: Path) -> list[str]:
-    names = [line.name for line in read_list(split, "one image name")]
+def _names(split: Path, layout: Layout) -> list[str]:
+    names = [layout.listed(line.name) for line in read_list(split, "one image name")]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"{split} has names more than once: {some(twice)}")
@@ -172,7 +172,7 @@ class Scored:
 
     def _complaint(self, values: list[int], pixels: int) -> str:
         count = "1 pixel that counts has" if pixels == 1 else f"{pixels} pixels that count have"
-        found = f"{count} the label{'s' * (len(values) > 1)} {', '.join(map(str, values))}"
+        found = f"{count} the {self.layout.label}{'s' * (len(values) > 1)} {', '.join(map(str, values))}"
         if self.num_classes:
             return f"{found}, but num_classes (--num-classes) is {self.num_classes}"
         return f"{found}, which is the ignored one; --num-classes would make it a class, if it is one"

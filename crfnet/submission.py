@@ -36,8 +36,8 @@ def write_voc_test(
         The files written, in order.
 
     Raises:
-        ValueError: no image, one id twice, maps of other images in the folder, or logits of another shape or
-            that are NaN.
+        ValueError: no image, one id twice, maps of other images in the folder, or logits of another shape,
+            with NaN or without a finite one in a pixel.
         OSError: the folder cannot be made or written.
     """
     check_voc_test(images, folder)
@@ -67,8 +67,8 @@ def write_cityscapes_test(
         The files written, in order.
 
     Raises:
-        ValueError: no image, one twice, another name, maps of other images in the folder, or logits of another shape or
-            that are NaN.
+        ValueError: no image, one twice, another name, maps of other images in the folder, or logits of another shape,
+            with NaN or without a finite one in a pixel.
         OSError: the folder cannot be made or written.
     """
     check_cityscapes_test(images, folder)

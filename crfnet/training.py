@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -346,10 +346,11 @@ def _fixed(samples: Samples, optimizer: Optimizer, settings: Settings) -> dict[s
     names = ("batch_size", "accumulate", "seed", "clip_crf", "average", "freeze_norm", "select", "guard")
     groups = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     fixed = {name: getattr(settings, name) for name in names} | {"autocast": str(settings.autocast)}
-    listed = "\n".join(f"{image.name} {labels.name}" for image, labels in samples.files)
+    listed = "\n".join(f"{Path(image).name} {Path(labels).name}" for image, labels in samples.files)
     digest = hashlib.blake2b(listed.encode(), digest_size=8).hexdigest()
     fixed |= {"number of samples": len(samples), "seed of the samples": samples.seed, "their names' digest": digest}
-    fixed |= {"transform": str(samples.transform)}
+    transform = samples.transform  # others than a dataclass print their place in memory
+    fixed |= {"transform": str(transform) if is_dataclass(transform) else type(transform).__name__}
     return fixed | {"optimizer": type(optimizer).__name__, "optimizer's groups": groups}
 
 
@@ -378,7 +379,9 @@ def _restore(
     run: Run,
 ) -> int:
     start, before = int(state["iteration"]), state["fixed"]
-    differ = [f"{name} {before.get(name)} then and {now} now" for name, now in fixed.items() if before.get(name) != now]
+    differ = [
+        f"{name} {before.get(name)} then and {now} now" for name, now in fixed.items() if before.get(name, now) != now
+    ]
     factors = state["scheduler"]["_last_lr"][0], state["scheduler"]["base_lrs"][0] * float(schedule(start))
     if factors[0] != factors[1]:
         differ.append(f"learning rate {factors[0]:g} then and {factors[1]:g} by the schedule now, at iteration {start}")

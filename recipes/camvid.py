@@ -39,7 +39,7 @@ from crfnet.losses import full_resolution, through_crf
 from crfnet.models import SmallDeepLab, WithCRF
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
-from crfnet.processes import rank, start
+from crfnet.processes import rank, start, world_size
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -109,11 +109,21 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    alone = Settings(
+        config.iterations, config.batch_size, seed=config.seed, workers=config.workers, average=config.average,
+        tensorboard=config.tensorboard, checkpoint_every=250, validate_every=config.iterations // 5,
+    )  # fmt: skip
+    finer = Settings(  # one image a step and process
+        config.joint_iterations, world_size(), seed=config.seed, workers=config.workers, average=config.joint_average,
+        clip_crf=config.clip_crf, freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
+        validate_every=config.joint_iterations // 2, select="mean_iou", guard="train_iou",
+    )  # fmt: skip
     kept, files = hold_out_stretches(camvid_files(config.root, "train"), config.held_out, config.seed)
     read = partial(Samples, num_classes=L, read_labels=camvid_labels, seed=config.seed, keep=True)
     held_out, val = read(kept), read(camvid_files(config.root, "val"))
     report = Report(out, val, names=CAMVID_CLASSES, palette=CAMVID_PALETTE, device=device)
-    guards = read([files[i] for i in np.linspace(0, len(files) - 1, config.guard_images).round().astype(int)])
+    spread = np.linspace(0, len(files) - 1, min(config.guard_images, len(files))).round().astype(int)
+    guards = read([files[index] for index in spread])
 
     def judge(network: nn.Module) -> dict[str, float]:
         return {"mean_iou": evaluate(network, held_out, device=device)["mean_iou"]}
@@ -132,11 +142,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         full_resolution,
         torch.optim.AdamW(groups(dcnn, config.learning_rate)),
         poly_policy(config.iterations, warm_up=config.iterations // 20),
-        Settings(
-            config.iterations, config.batch_size, seed=config.seed, workers=config.workers,
-            tensorboard=config.tensorboard, average=config.average, checkpoint_every=250,
-            validate_every=config.iterations // 5,
-        ),
+        alone,
         folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
     )  # fmt: skip
     add("dcnn", dcnn)
@@ -164,11 +170,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 )
             ),
             poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20),
-            Settings(
-                config.joint_iterations, 1, seed=config.seed, workers=config.workers, average=config.joint_average,
-                clip_crf=config.clip_crf, freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
-                validate_every=config.joint_iterations // 2, select="mean_iou", guard="train_iou",
-            ),
+            finer,
             folder=out / row, resume=config.resume, progress=bar(row),
             validate=lambda judged: judge(judged) | {"train_iou": evaluate(judged, guards, device=device)["mean_iou"]},
         )  # fmt: skip

@@ -47,7 +47,7 @@ from crfnet.losses import at_scores
 from crfnet.models import Averaged, Tiled, WithCRF, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
-from crfnet.processes import rank, start
+from crfnet.processes import on_first, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -96,14 +96,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
     whole_number("tile", config.tile, 0)
-    out = begin(config)
+    out = begin(config, free=("average",))
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed
     files = cityscapes_files(config.root, "train")
     test = cityscapes_images(config.root, "test") if config.submission else []
     if test:
-        check_cityscapes_test(test, config.submission)
+        on_first(lambda: check_cityscapes_test(test, config.submission))
     kept, rest = hold_out(files, config.held_out, seed=10)
     read = partial(Samples, num_classes=L, read_labels=cityscapes_labels, seed=config.seed)
     held_out, val = read(kept), read(cityscapes_files(config.root, "val"))

@@ -20,7 +20,7 @@ checkpoints of each stage; a run that was stopped goes on with --resume.
 
 import copy
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ from crfnet.models import SmallDeepLab, WithCRF
 from crfnet.ops.operator import Method
 from crfnet.optim import parameter_groups, poly_policy
 from crfnet.piecewise import fit
-from crfnet.processes import rank, start
+from crfnet.processes import rank, start, world_size
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -87,6 +87,15 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    alone = Settings(
+        config.iterations, config.batch_size, seed=config.seed, average=config.average, tensorboard=config.tensorboard,
+        checkpoint_every=400, validate_every=config.iterations // 4,
+    )  # fmt: skip
+    finer = Settings(  # one image a step and process
+        config.joint_iterations, world_size(), seed=config.seed, average=config.joint_average,
+        clip_crf=config.clip_crf, freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
+        validate_every=config.joint_iterations // 4, select="mean_iou", guard="train_iou",
+    )  # fmt: skip
 
     files, val_files = pairs_files(config.root, "train"), pairs_files(config.root, "val")
     kept, rest = hold_out(files, config.held_out, seed=config.seed, least=1)
@@ -111,10 +120,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         full_resolution,
         torch.optim.AdamW(groups(dcnn, config.learning_rate)),
         poly_policy(config.iterations, warm_up=config.iterations // 20),
-        Settings(
-            config.iterations, config.batch_size, seed=config.seed, average=config.average,
-            tensorboard=config.tensorboard, checkpoint_every=400, validate_every=config.iterations // 4,
-        ),
+        alone,
         folder=out / "dcnn", resume=config.resume, validate=judge, progress=bar("DCNN"),
     )  # fmt: skip
     add("dcnn", dcnn)
@@ -147,11 +153,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 )
             ),
             poly_policy(iterations, warm_up=iterations // 20),
-            Settings(
-                iterations, 1, seed=config.seed, average=config.joint_average, clip_crf=config.clip_crf,
-                freeze_norm=True, tensorboard=config.tensorboard, checkpoint_every=100,
-                validate_every=iterations // 4, select="mean_iou", guard="train_iou",
-            ),
+            replace(finer, iterations=iterations, validate_every=iterations // 4),
             folder=out / row, resume=config.resume, validate=as_at_test, progress=bar(row),
         )  # fmt: skip
         if crf is not None:

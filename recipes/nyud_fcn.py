@@ -130,7 +130,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
                 raise FileNotFoundError(
                     f"row {row!r} starts from {other!r}: put it before that in --rows, or {other}.safetensors in {out}"
                 )
-    begin(config, free=("rows",))
+    begin(config, free=("rows",), stages=config.rows)
     pictures = Samples(nyud_files(config.root, "test"), 40, read_labels=nyud_labels)
     report = Report(out, pictures, names=NYUD_CLASSES, device=device)
     for row, (train_files, test_files) in files.items():

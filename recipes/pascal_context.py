@@ -74,7 +74,7 @@ class Config:
     accumulate: int = 0  # batches a step; 0: VOC's, 1 and 10
     iterations: int = 20_000  # VOC's
     crop: int = 321  # VOC's
-    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
+    average: bool = False  # scores the mean over five scales and mirror images too
     held_out: int = 100  # images of train for the CRF; 0: trains on all and has no CRF
     grid: Grid = DEEPLAB_V2_GRID  # VOC's
     autocast: bool = False  # training in bfloat16
@@ -90,7 +90,7 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
-    out = begin(config)
+    out = begin(config, free=("average",))
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed

@@ -70,7 +70,7 @@ class Config:
     accumulate: int = 10  # batches a step; VOC's
     iterations: int = 20_000  # VOC's
     crop: int = 321  # VOC's
-    average: bool = False  # scores, and submits, the mean over five scales and mirror images too
+    average: bool = False  # scores the mean over five scales and mirror images too
     held_out: int = 100  # images of train for the CRF; 0: trains on all and has no CRF
     grid: Grid = DEEPLAB_V2_GRID  # VOC's
     autocast: bool = False  # training in bfloat16
@@ -86,7 +86,7 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device = start(config.device)
-    out = begin(config)
+    out = begin(config, free=("average",))
     torch.manual_seed(config.seed)
 
     # data; 10 is DeepLab's seed

@@ -48,7 +48,7 @@ from crfnet.models import CRFRNN, FCN8s, WithCRF, start_from
 from crfnet.models.preprocess import FCN
 from crfnet.optim import fixed_policy, parameter_groups
 from crfnet.piecewise import fit
-from crfnet.processes import start
+from crfnet.processes import start, world_size
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -94,6 +94,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     device = start(config.device)
     out = begin(config)
     torch.manual_seed(config.seed)
+    if world_size() > 1:
+        raise ValueError(f"a batch is one image, as in the paper: wanted one process, got {world_size()}")
     if not Path(config.fcn8s).is_file():
         raise FileNotFoundError(f"fcn8s {config.fcn8s!r} is missing: voc_fcn.py writes one, and --help names others")
 

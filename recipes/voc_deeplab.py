@@ -59,7 +59,7 @@ from crfnet.losses import at_scores, full_resolution, through_crf
 from crfnet.models import DeepLabV1, DeepLabV1MSc, SmallDeepLab, WithCRF
 from crfnet.optim import Schedule, parameter_groups, poly_policy, step_policy
 from crfnet.piecewise import fit
-from crfnet.processes import gather, rank, start
+from crfnet.processes import on_first, rank, start, world_size
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -185,28 +185,37 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     }
     plan = PLANS[config.network]._replace(**chosen)
 
+    settings = Settings(
+        plan.iterations, plan.batch_size, seed=config.seed, workers=config.workers,
+        checkpoint_every=config.checkpoint_every, tensorboard=config.tensorboard, validate_every=plan.iterations // 4,
+        average=config.average if config.network == "small" else 0.0,
+    )  # fmt: skip
+    finer = replace(  # one image a step and process
+        settings, iterations=config.joint_iterations, batch_size=world_size(), average=config.joint_average,
+        clip_crf=1.0, freeze_norm=True, validate_every=config.joint_iterations // 2, select="mean_iou",
+        guard="train_iou",
+    )  # fmt: skip
+
     # data: a part of train is held out for every choice, val is for the scores alone
     root: str | Path = config.root
     dataset = ("voc" if root else "synthetic") if config.dataset == "auto" else config.dataset
     if (dataset == "synthetic") == bool(root):
         wanted = "no root: scenes are drawn below --out" if root else "the folder of its files: --root DIR"
         raise ValueError(f"dataset {dataset!r} wants {wanted}, got {str(root)!r}")
-    if dataset == "synthetic" and not rank():
-        root = write_scenes(
-            out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=max(1, config.scenes // 5)
-        )
+    if dataset == "synthetic":
+        num_val = max(1, config.scenes // 5)
+        root = on_first(lambda: write_scenes(out / f"scenes-{config.scenes}", num_train=config.scenes, num_val=num_val))
     if config.sbd and dataset != "voc":
         raise ValueError(f"sbd adds to VOC, got data set {dataset!r}")
     if config.submission and dataset != "voc":
         raise ValueError(f"submission is of VOC's test images, got data set {dataset!r}")
-    if config.sbd and not rank():
-        write_train_aug(root, config.sbd)
-    root = gather(root)[0]  # the others wait
+    if config.sbd:
+        on_first(lambda: write_train_aug(root, config.sbd))
     log(f"data set {dataset}: {root}")
     listing = pairs_files if dataset == "pairs" else voc_files
     test = voc_images(root, "test") if config.submission else []
     if test:
-        check_voc_test(test, config.submission)
+        on_first(lambda: check_voc_test(test, config.submission))
     own, val_files = listing(root, "train"), listing(root, "val")  # held out are VOC's own: its masks are finer
     files = voc_files(root, "train_aug") if config.sbd else own
     kept, rest = hold_out(own, plan.held_out, seed=config.seed, least=1)
@@ -227,11 +236,6 @@ def main(config: Config) -> dict[str, dict[str, float]]:
 
     # 1. the DCNN alone
     dcnn, loss, optimizer, schedule = build(config, plan, device)
-    settings = Settings(
-        plan.iterations, plan.batch_size, seed=config.seed, workers=config.workers,
-        checkpoint_every=config.checkpoint_every, tensorboard=config.tensorboard, validate_every=plan.iterations // 4,
-        average=config.average if config.network == "small" else 0.0,
-    )  # fmt: skip
     samples = read(rest, transform=Crop(crop))
     train(
         dcnn, samples, loss, optimizer, schedule, settings,
@@ -267,11 +271,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     )  # fmt: skip
     train(
         joint, read(rest, transform=Crop(None)), through_crf, torch.optim.AdamW(groups),
-        poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20),
-        replace(
-            settings, iterations=config.joint_iterations, batch_size=1, average=config.joint_average, clip_crf=1.0,
-            freeze_norm=True, validate_every=config.joint_iterations // 2, select="mean_iou", guard="train_iou",
-        ),
+        poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20), finer,
         folder=out / "joint", resume=config.resume, validate=judge, progress=bar("joint"), log=log,
     )  # fmt: skip
     report.add("joint", joint)

@@ -36,7 +36,7 @@ from crfnet.losses import at_scores, multi_scale
 from crfnet.models import Averaged, DeepLabV2Name, MultiScale, deeplab_v2
 from crfnet.optim import parameter_groups, poly_policy, step_policy
 from crfnet.piecewise import fit
-from crfnet.processes import gather, rank, start
+from crfnet.processes import on_first, rank, start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
@@ -85,16 +85,15 @@ class Config:
 def main(config: Config) -> dict[str, dict[str, float]]:
     """Trains the DCNN and fits its CRF; returns the scores of both."""
     device, kind = start(config.device), config.model.split("-")[0]
-    out = begin(config)
+    out = begin(config, free=("average",))
     torch.manual_seed(config.seed)
-    if config.sbd and not rank():
-        write_train_aug(config.voc, config.sbd)
-    gather(None)  # the others wait for the list
+    if config.sbd:
+        on_first(lambda: write_train_aug(config.voc, config.sbd))
 
     # data: held out are images of VOC's own, whose masks are finer than SBD's; 10 is DeepLab's seed
     files, test = voc_files(config.voc, "train_aug"), voc_images(config.voc, "test") if config.submission else []
     if test:
-        check_voc_test(test, config.submission)
+        on_first(lambda: check_voc_test(test, config.submission))
     kept, _ = hold_out(voc_files(config.voc, "train"), config.held_out, seed=10)
     names = {image.stem for image, _ in kept}
     rest = [pair for pair in files if pair[0].stem not in names]

@@ -84,13 +84,31 @@ def test_scene_folder_is_voc(scenes):
     assert image_sizes(files).tolist() == [[48, 64]] * 6
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_sizes_are_those_of_the_picture_as_it_is_read(tmp_path, orientation):
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_sizes_are_those_of_the_picture_as_it_is_read(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    Image.new("RGB", (9, 5)).save(tmp_path / "a.jpg", exif=exif)
-    (size,) = image_sizes([(tmp_path / "a.jpg", tmp_path / "a.png")]).tolist()
-    assert tuple(size) == read_image(tmp_path / "a.jpg").shape[:2]
+    Image.new("RGB", (9, 5)).save(tmp_path / name, exif=exif)
+    (size,) = image_sizes([(tmp_path / name, tmp_path / "labels.png")]).tolist()
+    assert tuple(size) == read_image(tmp_path / name).shape[:2]
+
+
+def test_sizes_come_from_the_head_of_a_png_alone(tmp_path):
+    Image.effect_noise((64, 48), 50).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:100])
+    assert image_sizes([(tmp_path / "a.png", tmp_path / "a.png")]).tolist() == [[48, 64]]
+
+
+def test_void_is_what_the_file_says(tmp_path):
+    labels = np.array([[0, 1, 9, 255]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    files = [(tmp_path / "a.png", tmp_path / "a.png")]
+    with pytest.raises(ValueError, match=r"holds the labels \[255\]; wanted 0\.\.1 and ignore_index 9"):
+        Samples(files, 2, ignore_index=9)[0]
+    own = Samples(files, 2, ignore_index=9, read_labels=lambda path: labels)  # of a reader 255 is void by contract
+    assert own[0][1].tolist() == [[0, 1, VOID, VOID]]
 
 
 def test_scene_folder_is_kept_or_refused(scenes):

@@ -654,6 +654,9 @@ def test_context_names_what_is_wrong(tmp_path):
     (tmp_path / "strange.txt").write_text("table\ndog\ndiningtable\n")
     with pytest.raises(ValueError, match=r"strange\.txt names the label \d+ of .*twice: 'table' and 'diningtable'"):
         data.pascal_context_labels(label, classes=tmp_path / "strange.txt")
+    (tmp_path / "strange.txt").write_text("background\ndog\n")
+    with pytest.raises(ValueError, match=r"strange\.txt must name the classes alone, got background"):
+        data.pascal_context_classes(tmp_path / "strange.txt")
     with pytest.raises(FileNotFoundError, match=r"33_labels\.txt"):
         data.pascal_context_labels(label, classes=tmp_path / "33_labels.txt")
     (root / "labels.txt").rename(root / "trainval" / "labels.txt")

@@ -452,6 +452,10 @@ def test_a_submission_to_cityscapes_is_scored_as_its_server_would(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     random, names = np.random.default_rng(0), ("bonn_000001_000019", "ulm_000000_000019")
     hits = total = 0
+
+    def count_of(name: str) -> int:
+        return int(np.isin(images.read_labels(f"gtFine/ulm/{name}_gtFine_labelIds.png"), [7, 26, 33]).sum())
+
     for name in names:
         truth = random.choice([0, 3, 7, 9, 26, 33], (6, 8)).astype(np.uint8)
         called = np.where(random.random(truth.shape) < 0.2, 11, truth)
@@ -475,6 +479,15 @@ def test_a_submission_to_cityscapes_is_scored_as_its_server_would(tmp_path, monk
     assert {path.name[2:] for path in Path("p").iterdir()} == {f"{name}.png" for name in names}
     assert status("called", "gtFine", "--dataset", "cityscapes", "--num-classes", "20") == 2
     assert "the data set names 19 classes" in capsys.readouterr().err
+    Path("split.txt").write_text(f"{names[0]}_leftImg8bit.png\n{names[1]}\n")
+    assert status(*argv[:4], "--split", "split.txt") == 0
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(f"called/{names[1]}_labelIds.png")
+    capsys.readouterr()
+    assert status(*argv[:4]) == 1
+    assert (
+        f"{names[1]}_labelIds.png: {count_of(names[1])} pixels that count have the trainId 255"
+        in capsys.readouterr().err
+    )
     Path("called/ulm_000000_000019_labelIds.png").rename("called/ulm_000002_000019_labelIds.png")
     assert status("called", "gtFine", "--dataset", "cityscapes") == 2
     assert "called has no label map for 1 of the 3 names in both folders: ulm_000000_000019" in capsys.readouterr().err

@@ -17,6 +17,10 @@ def test_every_file_is_on_one_side_and_the_seed_decides_which(total, share, seed
     assert more[:count] == held_out
 
 
+def test_the_draw_is_the_same_for_ever():
+    assert hold_out(range(12), 4, seed=10)[0] == [1, 3, 11, 9]  # or DeepLab's recipes would hold out other images
+
+
 def test_seeds_draw_differently():
     assert len({tuple(hold_out(range(30), 10, seed=seed)[0]) for seed in range(5)}) == 5
 

@@ -251,5 +251,7 @@ def test_crfrnn_says_what_is_wrong(crfrnn, tmp_path):
             recipe.main(recipe.Config(**(tiny | wrong)))
     with pytest.raises(FileNotFoundError, match=r"fcn8s '.*none\.caffemodel' is missing: voc_fcn\.py writes"):
         recipe.main(recipe.Config(**(tiny | {"fcn8s": str(tmp_path / "none.caffemodel")})))
+    with pytest.raises(PermissionError, match="comp6_test_cls: cannot be made or written"):
+        recipe.main(recipe.Config(submission=__file__, **tiny))
     with pytest.raises(FileNotFoundError, match="no PASCAL VOC 2012 folder"):
         recipe.main(recipe.Config(**(tiny | {"voc": str(tmp_path)})))

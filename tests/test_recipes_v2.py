@@ -211,6 +211,9 @@ def test_from_the_files_to_the_report_and_the_same_when_resumed(name, tmp_path, 
         ("cityscapes_deeplab", {"held_out": -1}, r"held_out: count must be 0\.\.1 of 2 files, got -1"),
         ("cityscapes_deeplab", {"device": "cuda:9"}, r"device must be there, got cuda:9 of . GPUs that torch sees"),
         ("cityscapes_deeplab", {"tile": -1}, r"tile must be a whole number, 0 or more, got -1"),
+        ("voc_deeplab_v2", {"submission": __file__}, r"comp6_test_cls: cannot be made or written, as .* is a file"),
+        ("cityscapes_deeplab", {"submission": __file__}, r"test_recipes_v2\.py: cannot be made or written"),
+        ("cityscapes_deeplab", {"model": "vgg-largefov", "stride_on": "conv3x3"}, "stride_on is of ResNet-101"),
         ("cityscapes_deeplab", {"crop": 32}, r"labels must have 8 k \+ 1 pixels an axis"),
         ("pascal_context", {"classes": "nowhere.txt"}, r"the list of classes nowhere\.txt is missing"),
         ("pascal_context", {"voc": "nowhere"}, r"root 'nowhere' is no PASCAL VOC 2010 folder"),
@@ -222,6 +225,7 @@ def test_wrong_flags_are_named(name, flags, message, tmp_path):
     recipe, config = configured(name, tmp_path, **flags)
     with pytest.raises((ValueError, OSError), match=message):
         recipe.main(config)
+    assert not existing(tmp_path / "out" / "dcnn")
 
 
 @pytest.mark.parametrize(

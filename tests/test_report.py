@@ -1,12 +1,14 @@
 """What recipes report: scores, tables and pictures of several networks on the same samples."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 from PIL import Image
 from threshold import Threshold, rectangles
 
-from crfnet import DenseCRF
+from crfnet import DenseCRF, images
 from crfnet.curves import trimap_curve
 from crfnet.data import Samples
 from crfnet.data.samples import read_rgb
@@ -34,6 +36,18 @@ def test_scores_are_those_of_evaluate_and_of_the_trimap_curve(samples, tmp_path)
     report.add("shifted", Threshold(shift=4))
     assert json.loads((tmp_path / "new" / "results.json").read_text()) == report.scores
     assert report.scores["shifted"]["mean_iou"] < report.scores["plain"]["mean_iou"]
+
+
+def test_labels_without_a_boundary_have_scores_and_no_curve(tmp_path):
+    Image.new("RGB", (8, 6), "white").save(tmp_path / "a.png")
+    images.write_labels(tmp_path / "labels.png", np.ones((6, 8), np.uint8))
+    report = Report(tmp_path / "out", Samples([(tmp_path / "a.png", tmp_path / "labels.png")], 2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trimap.png").write_bytes(b"of a run before")
+    assert math.isnan(report.add("plain", Threshold())["trimap_iou_3px"])
+    report.write()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["plain"]["trimap_iou_3px"] is None
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.md", "panel.png"}
 
 
 def test_the_same_samples_read_otherwise_or_none(samples, tmp_path):

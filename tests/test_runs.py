@@ -44,6 +44,7 @@ def test_a_start_that_forgets_resume_touches_nothing_of_the_run_before(tmp_path)
     with pytest.raises(ValueError, match=r"iteration-00000002\.pt is of a run before: resume goes on from it"):
         begin(replace(config, seed=1))
     begin(replace(config, resume=True))  # the settings are still its own
+    begin(config, stages=("joint",))  # a run of other stages goes beside it
 
 
 def test_the_library_of_the_networks_is_wanted_before_hours_of_training(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ from crfnet.models import (
 )
 from crfnet.optim import parameter_groups, poly_policy, step_policy
 from crfnet.order import loader
+from crfnet.processes import on_first
 from crfnet.training import Run, Settings, train
 
 COUNT, CLASSES = 5, 3
@@ -306,7 +307,10 @@ def test_another_network_optimizer_schedule_or_data_do_not_resume(root, stopped)
         resume(samples=Samples(samples.files[::-1], CLASSES, seed=samples.seed, transform=samples.transform))
     with pytest.raises(ValueError, match=r"transform .* then and Crop\(size=\(4, 4\), .* now"):
         resume(samples=Samples(samples.files, CLASSES, seed=samples.seed, transform=Crop((4, 4))))
+    moved = [(f"/elsewhere/{image.name}", f"/elsewhere/{labels.name}") for image, labels in samples.files]
     other = with_crf()
+    with pytest.raises(OSError, match="elsewhere"):  # it went on, and reads there
+        resume(samples=Samples(moved, CLASSES, seed=samples.seed, transform=samples.transform), network=other)
     other.network.classifier = nn.Conv2d(8, CLASSES, 3, padding=1)
     with pytest.raises(ValueError, match="(?s)checkpoint must fit the network: .*classifier"):
         resume(network=other)
@@ -420,6 +424,11 @@ def together(number: int, processes: int, root: Path, uneven: Path, folder: Path
     frozen = tiny(norm=True, dropout=0.0)
     train_plainly(frozen, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
     found["frozen"] = [p.grad for p in frozen.parameters()]
+    found["on first"] = on_first(lambda: f"made by {number}")
+    try:
+        on_first(lambda: [][number])
+    except IndexError as error:  # in every process, or the others would wait for ever
+        found["raised"] = str(error)
     torch.save(found, folder / f"found-{number}")
     distributed.destroy_process_group()
 
@@ -463,6 +472,12 @@ def test_two_processes_freeze_batch_norm_like_one(found, uneven):
     train_plainly(network, read_samples(uneven, crop=False), Settings(1, 4, seed=1, freeze_norm=True))
     for one, other in zip(found[0]["frozen"], network.parameters(), strict=True):
         torch.testing.assert_close(one, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max()))
+
+
+def test_what_the_first_process_makes_or_raises_all_get(found):
+    assert [process["on first"] for process in found] == ["made by 0"] * 2
+    assert [process["raised"] for process in found] == ["list index out of range"] * 2
+    assert on_first(lambda: 3) == 3
 
 
 def test_two_processes_get_the_scores_of_one(found, uneven):

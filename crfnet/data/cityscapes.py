@@ -6,6 +6,7 @@ the labels of test without content. Source: cityscapesScripts, helpers/labels.py
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,8 @@ CITYSCAPES_PALETTE[: len(_TABLE)] = [colour for _, colour in _TABLE.values()]
 _TRAIN_IDS = {label: VOID for label in (*range(34), 255)} | {
     label: class_ for class_, label in enumerate(CITYSCAPES_LABEL_IDS)
 }
-_IMAGE_ENDING, _LABEL_ENDING, _RESULT_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png", "_labelIds.png"
+CITYSCAPES_ENDINGS = "_leftImg8bit.png", "_gtFine_labelIds.png", "_labelIds.png"
+_IMAGE_ENDING, _LABEL_ENDING, _RESULT_ENDING = CITYSCAPES_ENDINGS
 
 
 def cityscapes_files(root: PathLike, split: str) -> list[tuple[Path, Path]]:
@@ -138,7 +140,7 @@ def cityscapes_result_name(image_file: Path) -> str:
     return f"{_frame(image_file)}{_RESULT_ENDING}"
 
 
-def cityscapes_frame(path: Path, endings: tuple[str, ...] = (_IMAGE_ENDING, _LABEL_ENDING, _RESULT_ENDING)) -> str:
+def cityscapes_frame(path: Path, endings: Sequence[str] = CITYSCAPES_ENDINGS) -> str:
     """``<city>_<seq>_<frame>``, what the names of an image, its labels and its result share.
 
     Raises:

@@ -59,12 +59,15 @@ def pascal_context_classes(classes: PathLike | None = None) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it has other lines.
+        ValueError: it has other lines, or background among the classes.
     """
     if classes is None:
         return PASCAL_CONTEXT_CLASSES
     names = _names(want_file(Path(classes), "the list of classes"))
-    return ("background", *(name for index, name in names if index))
+    wanted = tuple(name for index, name in names if index)
+    if "background" in wanted:
+        raise ValueError(f"{classes} must name the classes alone, got background, which is label 0 in any case")
+    return ("background", *wanted)
 
 
 def pascal_context_labels(path: Path, *, classes: PathLike | None = None) -> Uint8:

@@ -71,7 +71,8 @@ def _decode(
             f"{label_file} is {labels.shape[-1]}x{labels.shape[-2]} pixels, "
             f"its image {image_file} {image.shape[2]}x{image.shape[1]}; wanted the same size"
         )
-    wrong = np.unique(labels[(labels >= num_classes) & (labels != ignore_index)])
+    void = (labels == ignore_index) | ((labels == VOID) & (read_labels is not images.read_labels))
+    wrong = np.unique(labels[(labels >= num_classes) & ~void])
     if len(wrong):
         raise ValueError(
             f"{label_file} holds the labels {wrong.tolist()}; "
@@ -99,7 +100,8 @@ def image_sizes(files: Sequence[tuple[Path, Path]]) -> np.ndarray:
     sizes = []
     for path, _ in files:
         with images.opened(path, images.MAX_PIXELS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+            known = image.format != "PNG" or "exif" in image.info  # a PNG would be unpacked to look for more
+            turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # by a quarter
             sizes.append((image.width, image.height) if turned else (image.height, image.width))
     return np.array(sizes)
 

@@ -32,7 +32,7 @@ def voc_folder(root: PathLike, *, year: int = 2012, lists: str = "Segmentation")
         FileNotFoundError: none of them holds ``ImageSets/<lists>``; says where it looked. Or root is another year's.
     """
     name = f"VOC{year}"
-    called = Path(root).resolve().name
+    called = Path(root).absolute().name
     if re.fullmatch(r"VOC\d{4}", called) and called != name:
         raise FileNotFoundError(f"root {str(root)!r} is {called}; wanted {name}, or a folder that holds it")
     below = (name, f"VOCdevkit/{name}", f"TrainVal/VOCdevkit/{name}")  # TrainVal as the archive of 2011 has it

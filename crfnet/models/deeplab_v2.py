@@ -23,10 +23,12 @@ def deeplab_v2(
         stride_on: of ResNet-101, "reduce" for DeepLab's own weights, "conv3x3" for torchvision's.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a ``stride_on`` for VGG-16.
     """
     among("name", name, get_args(DeepLabV2Name))
     trunk, head = name.split("-", 1)
     if trunk == "vgg":
+        if stride_on != "reduce":
+            raise ValueError(f"stride_on is of ResNet-101, got {stride_on!r} for {name!r}")
         return DeepLabV2VGG(num_classes, head=head)  # type: ignore[arg-type]
     return DeepLabV2ResNet(num_classes, head=head, stride_on=stride_on)  # type: ignore[arg-type]
