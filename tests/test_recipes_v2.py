@@ -269,14 +269,15 @@ def test_a_network_of_other_classes_is_a_start_but_for_its_scores(tmp_path, caps
     assert len(weights.read(tmp_path / "out" / "dcnn.safetensors")["head.branches.0.bias"]) == 7
 
 
-def run(number: int, port: int, flags: dict, found: Path) -> None:
-    """What one process of torchrun does."""
+def run(number: int, port: int, flags: dict[str, dict], found: Path) -> None:
+    """What one process of torchrun does, recipe after recipe."""
     torch.set_num_threads(1)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(shared, RANK=str(number), LOCAL_RANK=str(number))
-    recipe = load("person_part")
     with mock.patch("slim.LABELS", KEPT), slim(32):
-        found.write_text(json.dumps(recipe.main(recipe.Config(**flags))))
+        recipes = {name: load(name) for name in flags}
+        scores = {name: recipe.main(recipe.Config(**flags[name])) for name, recipe in recipes.items()}
+    found.write_text(json.dumps(scores))
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this build of torch has no torch.distributed")
@@ -287,6 +288,9 @@ def test_two_processes_of_torchrun_come_to_the_scores_of_one(tmp_path):
     recipe, config = configured("person_part", tmp_path)  # a ResNet: no dropout, which is each process's own
     scores = recipe.main(config)
     flags = {field.name: getattr(config, field.name) for field in fields(config)} | {"out": str(tmp_path / "both")}
+    v1 = {name: TINY[name] for name in ("iterations", "batch_size", "crop", "held_out", "device", "workers")}
+    v1 |= {"network": "largefov", "v1_grid": TINY["grid"], "joint_iterations": 2, "guard_images": 1}
+    v1 |= {"root": voc(tmp_path / "voc")["voc"], "out": str(tmp_path / "v1")}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -295,14 +299,20 @@ def test_two_processes_of_torchrun_come_to_the_scores_of_one(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
-    lives = [context.Process(target=run, args=(n, port, flags, tmp_path / f"{n}.json")) for n in range(2)]
+    lives = [
+        context.Process(target=run, args=(n, port, {"person_part": flags, "voc_deeplab": v1}, tmp_path / f"{n}.json"))
+        for n in range(2)
+    ]
     for life in lives:
         life.start()
     for life in lives:
         life.join(300)
         life.kill()  # or one that waits for another would stay
     assert [life.exitcode for life in lives] == [0, 0]
-    assert json.loads((tmp_path / "0.json").read_text()) == json.loads((tmp_path / "1.json").read_text()) == scores
+    first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    assert first == second and first["person_part"] == scores
+    assert list(first["voc_deeplab"]) == ["dcnn", "piecewise", "joint"]  # whole images, one a process
+    assert (tmp_path / "v1" / "networks.pt").stat().st_size
     alone, both = (weights.read(tmp_path / folder / "dcnn.safetensors") for folder in ("out", "both"))
     for name, value in alone.items():  # sums of float32 in another order
         torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
