@@ -26,6 +26,7 @@ from crfnet.processes import add_up, rank, world_size
 from crfnet.tables import class_table, gain_table, score_table, trimap_table
 
 TRIMAP = 3  # pixels, the width that results.json has
+LARGEST = 1024  # pixels, of a picture in the panel
 TABLE_WIDTHS = (1, 2, 3, 5, 10, 20, 40)  # pixels
 
 
@@ -40,7 +41,8 @@ class Report:
         samples: what is scored, never what anything was chosen on.
         names: of the classes, their numbers unless given.
         palette: (256, 3) colours of the labels, VOC's unless given.
-        pictures: images in panel.png, evenly spread over the samples.
+        pictures: images in panel.png, evenly spread over the samples; of those larger than 1024 pixels every second,
+            third, ... pixel.
         device: of the networks.
     """
 
@@ -128,9 +130,11 @@ class Report:
         rows = []
         for index in self.pictured:
             image, labels, _ = self.samples[index]
-            photo = image.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
-            called = {row: maps[index] for row, maps in self.called.items()}
-            rows.append(comparison_picture(labels.byte().numpy(), called, photo=photo, palette=self.palette))
+            step = -(-max(labels.shape) // LARGEST)
+            few = (slice(None, None, step), slice(None, None, step))
+            photo = image.permute(1, 2, 0)[few].round().clamp(0, 255).byte().numpy()
+            called = {row: maps[index][few] for row, maps in self.called.items()}
+            rows.append(comparison_picture(labels[few].byte().numpy(), called, photo=photo, palette=self.palette))
         width = max(row.shape[1] for row in rows)
         framed = [np.pad(row, ((0, 16), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
         return np.concatenate(framed)[:-16]

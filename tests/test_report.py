@@ -50,6 +50,19 @@ def test_labels_without_a_boundary_have_scores_and_no_curve(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.md", "panel.png"}
 
 
+def test_large_images_are_shown_smaller(samples, tmp_path, monkeypatch):
+    sizes = []
+    for largest in (1024, 12):
+        monkeypatch.setattr("crfnet.report.LARGEST", largest)
+        report = Report(tmp_path / str(largest), samples, pictures=1)
+        report.add("plain", Threshold())
+        report.write()
+        with Image.open(tmp_path / str(largest) / "panel.png") as panel:
+            sizes.append(panel.size)
+    labels = samples[0][1]
+    assert max(labels.shape) > 12 and sizes[0] != sizes[1]
+
+
 def test_the_same_samples_read_otherwise_or_none(samples, tmp_path):
     report = Report(tmp_path, samples)
     brighter = Samples(samples.files, 2, read_image=lambda path: read_rgb(path) // 2 + 100)
