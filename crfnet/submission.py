@@ -22,7 +22,12 @@ from crfnet.images import PathLike
 
 
 def write_voc_test(
-    predict: Predictor, images: Sequence[PathLike], folder: PathLike, *, device: str | torch.device = "cpu"
+    predict: Predictor,
+    images: Sequence[PathLike],
+    folder: PathLike,
+    *,
+    year: int = 2012,
+    device: str | torch.device = "cpu",
 ) -> list[Path]:
     """Writes ``folder/results/VOC2012/Segmentation/comp6_test_cls/<image_id>.png`` for every image.
 
@@ -30,6 +35,7 @@ def write_voc_test(
         predict: from an image (1, 3, H, W) to logits (1, 21, H, W).
         images: files, their stems the image ids: ``crfnet.data.voc_images(root, "test")``.
         folder: made if missing; maps of these images in it are replaced.
+        year: of the challenge.
         device: where the predictor works.
 
     Returns:
@@ -40,16 +46,16 @@ def write_voc_test(
             with NaN or without a finite one in a pixel.
         OSError: the folder cannot be made or written.
     """
-    check_voc_test(images, folder)
+    check_voc_test(images, folder, year=year)
     return [
-        write_voc_results(folder, path.stem, _labels(predict, path, len(VOC_CLASSES), device))
+        write_voc_results(folder, path.stem, _labels(predict, path, len(VOC_CLASSES), device), year=year)
         for path in map(Path, images)
     ]
 
 
-def check_voc_test(images: Sequence[PathLike], folder: PathLike) -> None:
+def check_voc_test(images: Sequence[PathLike], folder: PathLike, *, year: int = 2012) -> None:
     """Raises what `write_voc_test` would, for its images and its folder."""
-    _check(Path(folder) / RESULTS, [f"{Path(image).stem}.png" for image in images])
+    _check(Path(folder) / RESULTS.format(year=year), [f"{Path(image).stem}.png" for image in images])
 
 
 def write_cityscapes_test(

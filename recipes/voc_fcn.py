@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from crfnet import weights
-from crfnet.data import VOC_CLASSES, Crop, Samples, sbd_files, sbd_labels, seg11valid_files
+from crfnet.data import VOC_CLASSES, Crop, Samples, sbd_files, sbd_labels, seg11valid_files, voc_images
 from crfnet.evaluation import evaluate
 from crfnet.losses import full_resolution
 from crfnet.models import FCN8s, FCN16s, FCN32s, start_from
@@ -37,6 +37,7 @@ from crfnet.processes import start
 from crfnet.progress import bar
 from crfnet.report import Report
 from crfnet.runs import begin
+from crfnet.submission import check_voc_test, write_voc_test
 from crfnet.training import Settings, train
 
 STAGES = ["32s", "16s", "8s"]
@@ -55,6 +56,7 @@ class Config:
     sbd: str = "data/benchmark_RELEASE"
     vgg16: str = "data/VGG_ILSVRC_16_layers.caffemodel"  # ImageNet's weights, Caffe's or torchvision's; "" for none
     out: str = "runs/voc_fcn"
+    submission: str = ""  # folder for the last net's label maps of VOC 2011's test images
     last: Literal["32s", "16s", "8s"] = "8s"  # the net to end with
     at_once: bool = False  # 8s in one go
     iterations: int = 0  # of each stage; 0: the solvers'
@@ -72,6 +74,9 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     device = start(config.device)
     out = begin(config, free=("last",))
     torch.manual_seed(config.seed)
+    test = voc_images(config.voc, "test", year=2011) if config.submission else []
+    if test:
+        check_voc_test(test, config.submission, year=2011)
     read = partial(Samples, num_classes=21)
     train_set = read(sbd_files(config.sbd, "train"), read_labels=sbd_labels, transform=Crop(None, mirror=False))
     val = read(seg11valid_files(config.voc, config.sbd))
@@ -102,6 +107,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         weights.save(network, out / f"fcn{stage}.safetensors")
         report.add(stage, network)
     report.write()
+    if test and network is not None:
+        write_voc_test(network, test, config.submission, year=2011, device=device)
     return report.scores
 
 

@@ -48,14 +48,17 @@ def test_fcn_from_32s_to_8s_and_the_same_again_when_resumed(tmp_path, at_once):
     (sbd / "train.txt").write_text("\n".join(names) + "\n")
     tiny = dict(
         voc=str(voc.parent), sbd=str(sbd.parent), vgg16="", out=str(tmp_path / "out"), at_once=at_once, iterations=2,
-        device="cpu", workers=0, checkpoint_every=1, validate_every=0,
+        device="cpu", workers=0, checkpoint_every=1, validate_every=0, submission=str(tmp_path / "test"),
     )  # fmt: skip
+    (voc / "ImageSets" / "Segmentation" / "test.txt").write_text(names[0] + "\n")
     with slim(32):
         scores = recipe.main(recipe.Config(**tiny))
         assert json.loads((tmp_path / "out" / "results.json").read_text()) == scores
         assert all((tmp_path / "out" / name).stat().st_size for name in ("report.md", "trimap.png", "panel.png"))
         assert recipe.main(recipe.Config(resume=True, **tiny)) == scores
         network = FCN8s(21, at_once=at_once)
+    (labels,) = (tmp_path / "test").glob("results/VOC2011/Segmentation/comp6_test_cls/*")
+    assert labels.stem == names[0] and images.read_labels(labels).shape == (20, 24)
     assert list(scores) == (["8s-atonce"] if at_once else ["32s", "16s", "8s"])
     weights.load(network, tmp_path / "out" / f"fcn{list(scores)[-1]}.safetensors")
 

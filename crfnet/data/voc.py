@@ -22,7 +22,7 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-RESULTS = "results/VOC2012/Segmentation/comp6_test_cls"  # comp6: trained with more than VOC's own images
+RESULTS = "results/VOC{year}/Segmentation/comp6_test_cls"  # comp6: trained with more than VOC's own images
 
 
 def voc_folder(root: PathLike, *, year: int = 2012, lists: str = "Segmentation") -> Path:
@@ -69,18 +69,19 @@ def voc_files(root: PathLike, split: str, *, labels: str | None = None, year: in
     return files
 
 
-def voc_images(root: PathLike, split: str = "test") -> list[Path]:
+def voc_images(root: PathLike, split: str = "test", *, year: int = 2012) -> list[Path]:
     """Lists the images of a split in the order of its list; needs no labels, which the test images have not.
 
     Args:
         root: the folder VOC2012, VOCdevkit or the one that holds VOCdevkit.
         split: name of a list in ``ImageSets/Segmentation``.
+        year: of the folder.
 
     Raises:
         FileNotFoundError: the folder, the list or an image is missing.
         ValueError: the list is empty, or a path leads out of the folder.
     """
-    folder, images = voc_folder(root), []
+    folder, images = voc_folder(root, year=year), []
     for line in read_list(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "one image name"):
         where, words = line
         path = (
@@ -90,13 +91,14 @@ def voc_images(root: PathLike, split: str = "test") -> list[Path]:
     return images
 
 
-def write_voc_results(folder: PathLike, image_id: str, labels: ArrayLike) -> Path:
+def write_voc_results(folder: PathLike, image_id: str, labels: ArrayLike, *, year: int = 2012) -> Path:
     """Writes ``folder/results/VOC2012/Segmentation/comp6_test_cls/<image_id>.png``, as VOC's test server wants it.
 
     Args:
         folder: where ``results`` goes; pack that folder to submit it.
         image_id: name of the test image without its ending.
         labels: ``(H, W)`` of 0..20 at the image's own size; no void.
+        year: of the challenge.
 
     Raises:
         ValueError: a name with a folder, or labels of another shape or range.
@@ -109,7 +111,7 @@ def write_voc_results(folder: PathLike, image_id: str, labels: ArrayLike) -> Pat
         raise ValueError(
             f"labels of {image_id} must lie in 0..{len(VOC_CLASSES) - 1}, got {array.min()}..{array.max()}"
         )
-    path = Path(folder) / RESULTS / f"{image_id}.png"
+    path = Path(folder) / RESULTS.format(year=year) / f"{image_id}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(path, array)
     return path
