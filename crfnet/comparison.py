@@ -101,8 +101,10 @@ class Comparison:
         self.photos = self._matched_photos(photos)
         self._want_outputs(overwrite, [path for path in (truth, split, names) if path is not None])
         bands = sorted({*widths, *(WIDTHS if curve is not None else ())})
-        settings: dict[str, Any] = {"ignore_label": ignore_label, "widths": bands, "layout": layout}
-        self.scored = {name: Scored(self.num_classes, **settings) for name in self.files}
+        self.scored = {
+            method: Scored(self.num_classes, ignore_label=ignore_label, widths=bands, layout=layout)
+            for method in self.files
+        }
 
     def _want_one_truth(self) -> None:
         (first, pairs), *others = self.files.items()

@@ -15,6 +15,8 @@ from crfnet.data import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, cityscapes_frame
 from crfnet.data.cityscapes import CITYSCAPES_ENDINGS
 from crfnet.images import Uint8, read_labels
 
+IMAGE, TRUTH, RESULT = CITYSCAPES_ENDINGS
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -42,22 +44,22 @@ def _by_frame(folder: Path, *endings: str) -> dict[str, Path]:
 
 
 PLAIN = Layout(
-    lambda path: path.stem,
-    lambda name: name,
-    lambda folder: by_stem(folder, LABEL_MAPS),
-    lambda folder: by_stem(folder, PICTURES),
-    read_labels,
-    " ".join(LABEL_MAPS),
+    name_of=lambda path: path.stem,
+    listed=lambda name: name,
+    maps=lambda folder: by_stem(folder, LABEL_MAPS),
+    photos=lambda folder: by_stem(folder, PICTURES),
+    read=read_labels,
+    wanted=" ".join(LABEL_MAPS),
 )
 CITYSCAPES = Layout(
-    cityscapes_frame,
-    lambda name: cityscapes_frame(Path(f"{name}.png"), (*CITYSCAPES_ENDINGS, ".png")),
-    lambda folder: _by_frame(folder, "_labelIds.png", "_gtFine_labelIds.png"),
-    lambda folder: _by_frame(folder, "_leftImg8bit.png"),
-    cityscapes_labels,
-    "*_labelIds.png",
-    "trainId",
-    CITYSCAPES_CLASSES,
-    CITYSCAPES_PALETTE,
+    name_of=cityscapes_frame,
+    listed=lambda name: cityscapes_frame(Path(f"{name}.png"), (*CITYSCAPES_ENDINGS, ".png")),
+    maps=lambda folder: _by_frame(folder, RESULT, TRUTH),
+    photos=lambda folder: _by_frame(folder, IMAGE),
+    read=cityscapes_labels,
+    wanted=f"*{RESULT}",
+    label="trainId",
+    names=CITYSCAPES_CLASSES,
+    palette=CITYSCAPES_PALETTE,
 )
 LAYOUTS = {"plain": PLAIN, "cityscapes": CITYSCAPES}

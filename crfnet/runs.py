@@ -1,6 +1,6 @@
 """The folder of a run, and the settings in it, which a run that goes on must share.
 
-A checkpoint knows its optimiser and its samples, but not the transform, weights or CRF that a recipe began with.
+A checkpoint knows its optimiser, its samples and their transform, but not the weights or CRF that a recipe began with.
 """
 
 import json

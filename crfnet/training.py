@@ -4,9 +4,9 @@
 
 What an iteration sees depends on (seed, iteration) alone, and a checkpoint holds all else, so that a run which was
 killed and resumed ends with the same bits on a CPU, and on a GPU as far as its kernels are deterministic
-(``torch.use_deterministic_algorithms``). Under torchrun every process takes its part of each
-micro-batch, and gradients are those of one process with all of it: losses are divided by the pixels of all processes,
-batch norm takes the statistics of all, and dropout is each process's own.
+(``torch.use_deterministic_algorithms``). Under torchrun every process takes its part of each micro-batch, and gradients
+are those of one process with all of it: losses are divided by the pixels of all processes, batch norm takes the
+statistics of all, and dropout is each process's own.
 """
 
 import csv
@@ -380,7 +380,7 @@ def _restore(
 ) -> int:
     start, before = int(state["iteration"]), state["fixed"]
     differ = [
-        f"{name} {before.get(name)} then and {now} now" for name, now in fixed.items() if before.get(name, now) != now
+        f"{name} {before[name]} then and {now} now" for name, now in fixed.items() if before.get(name, now) != now
     ]
     factors = state["scheduler"]["_last_lr"][0], state["scheduler"]["base_lrs"][0] * float(schedule(start))
     if factors[0] != factors[1]:

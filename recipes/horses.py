@@ -67,7 +67,7 @@ class Config:
     average: float = 0.995  # of the parameters, a step
     # the search; theta_alpha in pixels of these images, 250 on the longest side
     grid: Grid = Grid((3.0, 6.0, 12.0), (15.0, 28.0, 50.0), (4.0, 8.0, 16.0), (1.0, 3.0), (1.0,), rounds=2)
-    # fine-tuning, whole images one by one
+    # fine-tuning, whole images, one a step and process
     joint_iterations: int = 676  # four times through
     joint_learning_rate: float = 1e-4  # of the DCNN
     crf_learning_rate: float = 1e-3

@@ -131,7 +131,7 @@ class Config:
     # the search; theta_alpha is for images of 500 pixels and scaled to the longest side of these
     grid: Grid = Grid((3.0, 6.0, 12.0), (30.0, 55.0, 100.0), (4.0, 8.0, 16.0), (3.0,), (1.0,), rounds=1)  # of "small"
     v1_grid: Grid = DEEPLAB_V1_GRID  # of the others
-    # joint training, whole images one by one
+    # joint training, whole images, one a step and process
     joint_iterations: int = 400
     joint_learning_rate: float = 0.0  # of the DCNN
     joint_average: float = 0.98  # of the parameters, a step

@@ -71,7 +71,9 @@ def _decode(
             f"{label_file} is {labels.shape[-1]}x{labels.shape[-2]} pixels, "
             f"its image {image_file} {image.shape[2]}x{image.shape[1]}; wanted the same size"
         )
-    void = (labels == ignore_index) | ((labels == VOID) & (read_labels is not images.read_labels))
+    void = labels == ignore_index
+    if read_labels is not images.read_labels:  # that of a data set, which gives 255 for void whatever the files have
+        void |= labels == VOID
     wrong = np.unique(labels[(labels >= num_classes) & ~void])
     if len(wrong):
         raise ValueError(
