@@ -21,7 +21,7 @@ def start(device: str | torch.device) -> torch.device:
     """Joins the processes of torchrun, if it started this one, and returns the device to work on.
 
     "cuda" is then the GPU of this process's number on its machine, and the backend NCCL, otherwise gloo. Without
-    torchrun, which sets WORLD_SIZE and more, nothing is done.
+    torchrun, which sets WORLD_SIZE and more, nothing is joined, and "cuda" is the first GPU.
 
     Raises:
         ValueError: there is no such device, or the variables of torchrun are not all set.
@@ -32,10 +32,8 @@ def start(device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be one of torch's, got {device!r}: {error}") from None
     several = "WORLD_SIZE" in os.environ and distributed.is_available()
     if device.type == "cuda":
-        number = device.index or 0
-        if several:
-            number = int(os.environ.get("LOCAL_RANK", 0))
-            device = torch.device("cuda", number)
+        number = int(os.environ.get("LOCAL_RANK", 0)) if several else device.index or 0
+        device = torch.device("cuda", number)  # with its number, which set_device insists on
         if number >= torch.cuda.device_count():
             raise ValueError(f"device must be there, got {device} of {torch.cuda.device_count()} GPUs that torch sees")
         torch.cuda.set_device(device)

@@ -20,3 +20,14 @@ def test_without_torchrun_nothing_is_joined(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="environment variable RANK expected"):
         start("cpu")
+
+
+def test_a_gpu_is_named_with_its_number(monkeypatch):
+    """``torch.cuda.set_device`` takes no device without one."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert [start(name) for name in ("cuda", "cuda:1")] == chosen == [torch.device("cuda", n) for n in (0, 1)]
+    with pytest.raises(ValueError, match="got cuda:2 of 2 GPUs"):
+        start("cuda:2")
