@@ -46,6 +46,19 @@ def interpreter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def device() -> Iterator[str]:
+    """Where float32 tensors go to the Triton kernels: a GPU, without one the CPU in Triton's interpreter."""
+    pytest.importorskip("triton")
+    from crfnet.ops.gpu import interpreted
+
+    if torch.cuda.is_available():
+        yield "cuda"
+    else:
+        with interpreted():
+            yield "cpu"
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real images: the variable CRFNET_DATA, or ``../shared/data`` beside the checkout."""

@@ -204,7 +204,7 @@ def test_the_command_tells_of_faults(monkeypatch, capsys):
     assert heard.endswith("something is broken: see above\n")
     assert cli.main(["doctor", "--compile", "gfx942"]) == 0
     heard = capsys.readouterr().out
-    assert "sm_90" not in heard and heard.endswith("everything works\n")
+    assert "for sm_90:" not in heard and heard.endswith("everything works\n")
 
 
 def test_without_triton_it_says_so(monkeypatch, capsys):

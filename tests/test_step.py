@@ -1,4 +1,4 @@
-"""The mean-field step against the float64 definition: plain, and fused in Triton's interpreter."""
+"""The mean-field step against the float64 definition: plain, and fused on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -11,10 +11,9 @@ VECTOR, MATRIX = "vector", "matrix"
 
 
 @pytest.fixture(params=["plain", "fused"])
-def where(request):
-    if request.param == "fused":
-        request.getfixturevalue("interpreter")
-    return request.param
+def where(request) -> str:
+    """The device of the tensors."""
+    return "cpu" if request.param == "plain" else request.getfixturevalue("device")
 
 
 def definition(unary, messages, factors, couplings, marginals) -> Tensor:
@@ -32,18 +31,18 @@ def definition(unary, messages, factors, couplings, marginals) -> Tensor:
     return power / power.sum(2, keepdim=True) if marginals else energy
 
 
-def draw(B: int, N: int, C: int, kinds: list[str], factor: str = "own", seed: int = 0):
+def draw(where: str, B: int, N: int, C: int, kinds: list[str], factor: str = "own", seed: int = 0):
     """Inputs in float32: unary, messages, factors (one an item, one for all, none, or each in turn), couplings."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(where)
 
     several = ["own", "shared", "none"] if factor == "mixed" else [factor]
     factors = []
     for k in range(len(kinds)):
         shape = {"own": (B, N, 1), "shared": (1, N, 1), "none": None}[several[k % len(several)]]
-        factors.append(None if shape is None else torch.rand(shape, generator=generator) + 0.5)
+        factors.append(None if shape is None else torch.rand(shape, generator=generator).to(where) + 0.5)
     messages = [normal(B, N, C) for _ in kinds]
     couplings = [normal(C) if kind == VECTOR else normal(C, C) / C**0.5 for kind in kinds]
     return 2 * normal(B, N, C), messages, factors, couplings, normal(B, N, C)
@@ -112,14 +111,14 @@ def compare(inputs, marginals):
     ],
 )
 def test_outputs_and_all_gradients(where, B, N, C, kinds, factor, marginals):
-    compare(draw(B, N, C, kinds, factor), marginals)
+    compare(draw(where, B, N, C, kinds, factor), marginals)
 
 
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {3}, {5, 6}, {4}, set()])
 @pytest.mark.parametrize("kind", [VECTOR, MATRIX])
-def test_only_wanted_gradients(kind, wanted):
+def test_only_wanted_gradients(device, kind, wanted):
     """Each input alone: unary, message, factor and coupling of two terms."""
-    unary, messages, factors, couplings, weights = draw(2, 19, 4, [kind, VECTOR], "own")
+    unary, messages, factors, couplings, weights = draw(device, 2, 19, 4, [kind, VECTOR], "own")
     inputs = [unary, *(x for term in zip(messages, factors, couplings, strict=True) for x in term)]
 
     def gradients(function, dtype):
@@ -131,8 +130,7 @@ def test_only_wanted_gradients(kind, wanted):
         return [x.grad for x in leaves]
 
     truth = gradients(lambda *x: definition(*x, True), torch.float64)
-    with gpu.interpreted():
-        ours = gradients(lambda *x: step(*x, marginals=True), torch.float32)
+    ours = gradients(lambda *x: step(*x, marginals=True), torch.float32)
     for k, (got, exact) in enumerate(zip(ours, truth, strict=True)):
         assert (got is not None) == (exact is not None) == (k in wanted)
         if exact is not None:
@@ -142,21 +140,22 @@ def test_only_wanted_gradients(kind, wanted):
 
 def test_logits_far_apart(where):
     """A softmax neither overflows nor forgets: logits of ±1e4, all alike, and labels that are ruled out by -inf."""
-    unary = torch.tensor([[[1e4, -1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4 + 1], [0.0, -torch.inf, 1.0]]])
+    rows = [[1e4, -1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4 + 1], [0.0, -torch.inf, 1.0]]
+    unary = torch.tensor([rows], device=where)
     q = step(unary, [], [], [], marginals=True)
     torch.testing.assert_close(q, unary.double().softmax(2).float(), rtol=1e-6, atol=1e-9)
-    long = torch.full((1, 2, 1500), -1e4)
+    long = torch.full((1, 2, 1500), -1e4, device=where)
     long[0, 0, 1499], long[0, 1, 3] = 1e4, 1e4  # the largest in the last part, and in the first
     assert torch.equal(step(long, [], [], [], marginals=True), long.softmax(2))
 
 
 def test_without_terms_logits_are_the_unary(where):
-    unary = torch.randn(1, 4, 3)
+    unary = torch.randn(1, 4, 3, device=where)
     assert torch.equal(step(unary, [], [], [], marginals=False), unary)
 
 
 def test_inputs_need_not_be_contiguous(where):
-    unary, messages, factors, couplings, _ = draw(2, 6, 5, [VECTOR, MATRIX], "own")
+    unary, messages, factors, couplings, _ = draw(where, 2, 6, 5, [VECTOR, MATRIX], "own")
     wanted = step(unary, messages, factors, couplings, marginals=True)
 
     def turned(x: Tensor) -> Tensor:
@@ -170,39 +169,38 @@ def test_inputs_need_not_be_contiguous(where):
 
 def test_gradient_that_is_expanded(where):
     """The gradient of a plain sum comes without memory of its own."""
-    energy = torch.randn(2, 5, 4, requires_grad=True)
+    energy = torch.randn(2, 5, 4, device=where, requires_grad=True)
     step(energy, [], [], [], marginals=True).sum().backward()
     assert energy.grad.abs().max() <= 1e-6  # marginals sum to 1 whatever the energy
 
 
-def test_same_bits_each_time():
-    inputs = draw(2, 130, 21, [VECTOR, MATRIX], "shared")
-    with gpu.interpreted():
-        first, first_gradients = run(step, inputs, True, torch.float32)
-        second, second_gradients = run(step, inputs, True, torch.float32)
+def test_same_bits_each_time(device):
+    inputs = draw(device, 2, 130, 21, [VECTOR, MATRIX], "shared")
+    first, first_gradients = run(step, inputs, True, torch.float32)
+    second, second_gradients = run(step, inputs, True, torch.float32)
     assert torch.equal(first, second)
     assert all(map(torch.equal, first_gradients, second_gradients))
 
 
 def test_empty(where):
-    out = step(torch.empty(1, 0, 3), [torch.empty(1, 0, 3)], [None], [torch.ones(3)], marginals=True)
+    nothing = torch.empty(1, 0, 3, device=where)
+    out = step(nothing, [nothing], [None], [torch.ones(3, device=where)], marginals=True)
     assert out.shape == (1, 0, 3)
 
 
 @pytest.mark.parametrize("kinds", [[], [VECTOR], [VECTOR, MATRIX]])
 @pytest.mark.parametrize("marginals", [True, False])
-def test_registration(kinds, marginals):
-    unary, messages, factors, couplings, _ = draw(2, 5, 3, kinds, "mixed")
+def test_registration(device, kinds, marginals):
+    unary, messages, factors, couplings, _ = draw(device, 2, 5, 3, kinds, "mixed")
     terms = [x for term in zip(messages, factors, couplings, strict=True) for x in term]
     terms = [None if x is None else x.requires_grad_(k != 1) for k, x in enumerate(terms)] + [None] * (6 - len(terms))
-    with gpu.interpreted():
-        step(unary, [], [], [], marginals=True)  # registers it
-        torch.library.opcheck(torch.ops.crfnet.step.default, (marginals, unary.requires_grad_(), *terms))
+    step(unary, [], [], [], marginals=True)  # registers it
+    torch.library.opcheck(torch.ops.crfnet.step.default, (marginals, unary.requires_grad_(), *terms))
 
 
 @pytest.mark.parametrize("kinds", [[], [VECTOR, MATRIX], [VECTOR, VECTOR, VECTOR]])
 def test_compiled_is_the_same(where, kinds):
-    inputs = draw(2, 5, 3, kinds, "mixed")
+    inputs = draw(where, 2, 5, 3, kinds, "mixed")
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     out, gradients = run(step, inputs, True, torch.float32)
     again, again_gradients = run(compiled, inputs, True, torch.float32)
@@ -210,9 +208,8 @@ def test_compiled_is_the_same(where, kinds):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_autocast_does_not_reach_in():
-    unary, messages, factors, couplings, _ = draw(1, 6, 70, [MATRIX], "own")
-    with gpu.interpreted():
-        wanted = step(unary, messages, factors, couplings, marginals=False)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(step(unary, messages, factors, couplings, marginals=False), wanted)
+def test_autocast_does_not_reach_in(device):
+    unary, messages, factors, couplings, _ = draw(device, 1, 6, 70, [MATRIX], "own")
+    wanted = step(unary, messages, factors, couplings, marginals=False)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(step(unary, messages, factors, couplings, marginals=False), wanted)

@@ -178,6 +178,7 @@ class Filter(torch.nn.Module):
         return gaussian_filter(features, values, method="exact")
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11's, of what it loads itself
 @pytest.mark.parametrize("engine", METHODS)
 def test_an_exported_crf_runs_alone(engine, tmp_path):
     logits, image = scene()

@@ -40,16 +40,19 @@ def interpreted() -> Iterator[None]:
     global _cpu_tensors
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("the interpreter needs the environment variable TRITON_INTERPRET=1 from the start")
+    from .interpreter import fast_scans
+
     before, _cpu_tensors = _cpu_tensors, True
     try:
-        yield
+        with fast_scans():
+            yield
     finally:
         _cpu_tensors = before
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether what happens on the tensor's device is being captured in a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether what happens on the tensor's device is being captured in a CUDA graph; False while compiling."""
+    return not torch.compiler.is_compiling() and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def host_may_read(tensor: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
     out_i = sum_j G_m(i - j) x_j,    G_m(r) = r^(2m) exp(-r² / (2 theta²)),    |i - j| <= radius(theta).
 
-The band matrix exists in registers only, tile by tile, and meets the values in the matrix units. Whatever shares a
-position on the axis is one of ``M = before * inner`` columns, so that axes with few channels waste no lanes. Bandwidths
-are read on the device: nothing waits for them, and a bandwidth that changes recompiles nothing.
+A program holds a few positions of many columns: each value is read once for all of them, and so is each power of two
+computed once for all columns of a thread. Whatever shares a position on the axis is one of ``M = before * inner``
+columns, so that axes with few channels waste no lanes. Bandwidths are read on the device: nothing waits for them, and a
+bandwidth that changes recompiles nothing.
 """
 
 import math
@@ -17,28 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_device_of
-from .target import Build, Target, target_of
+from .target import TARGETS, Build, Target, target_of
 from .tune import pick
 
-CONFIGS: dict[str, list[dict[str, int]]] = {
-    "sm_80": [
-        {"BLOCK": 64, "BLOCK_J": 16, "BLOCK_M": 64, "num_warps": 4, "num_stages": 3},
-        {"BLOCK": 32, "BLOCK_J": 32, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 64, "BLOCK_J": 32, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 128, "BLOCK_J": 16, "BLOCK_M": 64, "num_warps": 8, "num_stages": 3},
+CONFIGS: dict[str, list[dict[str, int]]] = dict.fromkeys(
+    TARGETS,
+    [
+        {"BLOCK": 8, "BLOCK_M": 256, "num_warps": 2},
+        {"BLOCK": 8, "BLOCK_M": 128, "num_warps": 1},
+        {"BLOCK": 16, "BLOCK_M": 256, "num_warps": 2},
     ],
-    "sm_90": [
-        {"BLOCK": 64, "BLOCK_J": 16, "BLOCK_M": 64, "num_warps": 4, "num_stages": 3},
-        {"BLOCK": 64, "BLOCK_J": 32, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 64, "BLOCK_J": 32, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 128, "BLOCK_J": 32, "BLOCK_M": 64, "num_warps": 8, "num_stages": 2},
-    ],
-    "gfx942": [
-        {"BLOCK": 64, "BLOCK_J": 16, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 64, "BLOCK_J": 32, "BLOCK_M": 64, "num_warps": 4, "num_stages": 2},
-        {"BLOCK": 128, "BLOCK_J": 16, "BLOCK_M": 64, "num_warps": 8, "num_stages": 2},
-    ],
-}
+)
+UNROLL = tl.constexpr(4)  # positions whose values are on their way at once
 MOMENTS = (0, 1, 2)  # values, their gradient to theta, and that one's; more are compiled when asked for
 
 TAIL = -NormalDist().inv_cdf(0.5 * torch.finfo(torch.float32).eps)  # 5.3 bandwidths: the rest is below one rounding
@@ -53,8 +44,7 @@ def reach(moment: int) -> float:
 def smooth_kernel(
     x, theta, out,  # (before, n, inner) float32, 0-d float64, (before, n, inner) float32
     n, inner, M,  # M = before * inner columns
-    REACH: tl.constexpr, MOMENT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
+    REACH: tl.constexpr, MOMENT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK positions of BLOCK_M columns."""
     blocks = tl.cdiv(n, BLOCK)
@@ -64,33 +54,30 @@ def smooth_kernel(
     # program's first item on 32 bits address all elements unless the items are WIDE, which saves registers
     local = (first_column % inner).to(tl.int32) + tl.arange(0, BLOCK_M)
     origin = first_column // inner * n * inner
-    item, position = local // inner, tl.arange(0, BLOCK_J)
-    i = first + tl.arange(0, BLOCK)
+    item, stride, i = local // inner, inner, first + tl.arange(0, BLOCK)
     if WIDE:
-        item, position, i = item.to(tl.int64), position.to(tl.int64), i.to(tl.int64)
-    column = item * n * inner + local % inner  # [BLOCK_M], offset of position 0
+        item, stride = item.to(tl.int64), inner.to(tl.int64)
+    column = item * n * stride + local % inner  # [BLOCK_M], offset of position 0
     inside = first_column + tl.arange(0, BLOCK_M) < M
 
     width = tl.load(theta).to(tl.float32)
     width = tl.where((width > 0.0) & (width < float("inf")), width, float("nan"))  # and so will be all that is stored
     radius = tl.where(width > 0.0, tl.minimum(tl.ceil(width * REACH - 0.5), n - 1.0), 0.0).to(tl.int32)
-    scale = tl.minimum(0.8493218002880191 / width, 100.0)  # (log2(e) / 2)^½; from 100 on, neighbours hear 2^-10000
+    scale = 0.8493218002880191 / width  # (log2(e) / 2)^½
+    scale = tl.where(scale > 100.0, 100.0, scale)  # neighbours hear 2^-10000; a minimum would lose NaN on a GPU
     unit = tl.minimum(tl.maximum(width, 1.0), n + 0.0)  # in units of this no moment overflows, however long the axis
 
     total = tl.zeros((BLOCK, BLOCK_M), tl.float32)
-    for start in range(tl.maximum(first - radius, 0), tl.minimum(first + BLOCK + radius, n), BLOCK_J):
-        j = start + position
-        values = tl.load(
-            x + origin + (column[None, :] + j[:, None] * inner), mask=(j[:, None] < n) & inside[None, :], other=0.0
-        )  # [BLOCK_J, BLOCK_M]
-        r = (i[:, None] - j[None, :]).to(tl.float32)
+    for j in tl.range(tl.maximum(first - radius, 0), tl.minimum(first + BLOCK + radius, n), loop_unroll_factor=UNROLL):
+        values = tl.load(x + origin + (column + j * stride), mask=inside, other=0.0)
+        r = (i - j).to(tl.float32)
         band = tl.exp2(-(r * scale) * (r * scale))  # NaN throughout for a bandwidth that is none
         for _ in tl.static_range(MOMENT):
             band *= (r / unit) * (r / unit)
-        total = tl.dot(band, values, total, input_precision=PRECISION)
+        total += band[:, None] * values[None, :]
     for _ in tl.static_range(MOMENT):
         total *= unit * unit
-    tl.store(out + origin + (column[None, :] + i[:, None] * inner), total, mask=(i[:, None] < n) & inside[None, :])
+    tl.store(out + origin + (column[None, :] + i[:, None] * stride), total, mask=(i[:, None] < n) & inside[None, :])
 
 
 def smooth(
@@ -107,8 +94,7 @@ def smooth(
         programs = triton.cdiv(n, config["BLOCK"]) * triton.cdiv(before * inner, config["BLOCK_M"])
         smooth_kernel[(programs,)](
             x, theta, out, n, inner, before * inner,
-            REACH=reach(moment), MOMENT=moment, WIDE=_wide(n, inner, config["BLOCK_M"]),
-            PRECISION=target.float32_dot, **config,
+            REACH=reach(moment), MOMENT=moment, WIDE=_wide(n, inner, config["BLOCK_M"]), **config,
         )  # fmt: skip
 
     if x.numel():
@@ -124,17 +110,9 @@ def _wide(n: int, inner: int, columns: int) -> bool:
 
 def builds(target: Target) -> Iterator[Build]:
     """Every configuration that ships."""
-    pointers = {"x": "*fp32", "theta": "*fp64", "out": "*fp32"}
+    types = {"x": "*fp32", "theta": "*fp64", "out": "*fp32", "n": "i32", "inner": "i32", "M": "i32"}
     for config in CONFIGS[target.name]:
-        blocks = {name: config[name] for name in ("BLOCK", "BLOCK_J", "BLOCK_M")}
-        options = {name: config[name] for name in ("num_warps", "num_stages")}
         for moment, wide in [*((moment, False) for moment in MOMENTS), (0, True)]:
-            constants = {
-                "REACH": reach(moment),
-                "MOMENT": moment,
-                "WIDE": wide,
-                "PRECISION": target.float32_dot,
-                **blocks,
-            }
-            types = {**pointers, "n": "i32", "inner": "i32", "M": "i32"}
-            yield Build(smooth_kernel, types, constants, options, matrix=True)
+            constants = {"REACH": reach(moment), "MOMENT": moment, "WIDE": wide}
+            blocks = {"BLOCK": config["BLOCK"], "BLOCK_M": config["BLOCK_M"]}
+            yield Build(smooth_kernel, types, constants | blocks, {"num_warps": config["num_warps"]})

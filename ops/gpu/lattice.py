@@ -6,8 +6,8 @@ as in ../lattice.py: splat W^T, a blur (a, 1, a) along each of the D + 1 axes, s
 rounding. Each is one kernel that writes every number once, summed in a fixed order, so that the same input gives the
 same bits. Channels go through in groups narrow enough that two copies of the lattice stay small.
 
-The splat sums over entries sorted by vertex, in chunks of equal length however many points a vertex has. Within a chunk
-vertices are consecutive, and one product with a matrix of zeros and ones adds up all of them; what a vertex has beyond
+The splat sums over entries sorted by vertex, in chunks of equal length however many points a vertex has. A running sum
+that begins anew with every vertex adds up those of a chunk, each thread for its own channel; what a vertex has beyond
 the chunk in which it begins is carried to it by a second kernel.
 """
 
@@ -24,33 +24,22 @@ from torch import Tensor
 from ..lattice import _amplitude
 from . import lattice_build, on_device_of
 from .lattice_build import BLOCK, Built, _absent, build, programs_over, room
-from .target import Build, Target, target_of
+from .target import TARGETS, Build, Target, target_of
 from .tune import pick
 
 MAX_WIDTH = 32  # columns of the lattice that are filtered together
 WIDTHS = (4, 8, 16, 24, 32)  # that the kernels are compiled for up to there; rows of whole 16 bytes
 CARRIES = 32  # chunks added at a time to a vertex that spans many
 
-# entries of a chunk; vertices and points of a program
-CONFIGS: dict[str, list[dict[str, int]]] = {
-    "sm_80": [
-        {"ENTRIES": 64, "VERTICES": 64, "POINTS": 32, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 32, "VERTICES": 128, "POINTS": 16, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 64, "VERTICES": 128, "POINTS": 64, "num_warps": 8, "num_stages": 2},
-        {"ENTRIES": 32, "VERTICES": 32, "POINTS": 16, "num_warps": 2, "num_stages": 2},
+# entries of a chunk, which one warp sums; vertices and points of a program
+CONFIGS: dict[str, list[dict[str, int]]] = dict.fromkeys(
+    TARGETS,
+    [
+        {"ENTRIES": 64, "VERTICES": 16, "POINTS": 16, "num_warps": 1},
+        {"ENTRIES": 64, "VERTICES": 64, "POINTS": 32, "num_warps": 4},
+        {"ENTRIES": 32, "VERTICES": 32, "POINTS": 16, "num_warps": 2},
     ],
-    "sm_90": [
-        {"ENTRIES": 64, "VERTICES": 64, "POINTS": 32, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 32, "VERTICES": 128, "POINTS": 16, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 64, "VERTICES": 128, "POINTS": 64, "num_warps": 8, "num_stages": 2},
-        {"ENTRIES": 32, "VERTICES": 32, "POINTS": 16, "num_warps": 2, "num_stages": 2},
-    ],
-    "gfx942": [
-        {"ENTRIES": 64, "VERTICES": 64, "POINTS": 32, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 32, "VERTICES": 128, "POINTS": 16, "num_warps": 4, "num_stages": 2},
-        {"ENTRIES": 64, "VERTICES": 64, "POINTS": 64, "num_warps": 4, "num_stages": 2},
-    ],
-}
+)
 
 
 class TritonLatticeEngine:
@@ -60,8 +49,8 @@ class TritonLatticeEngine:
         features: ``(P, D)`` float32, contiguous and finite, each column divided by its bandwidth.
         counts: the number of points of each item; items follow one another in ``features`` and never mix.
 
-    A point whose features are not finite ends as NaN, and so do points near it. A value that is not finite reaches,
-    apart from its neighbours, what is summed in the same chunk, be it of another item.
+    A point whose features are not finite ends as NaN, and so do points near it; a value that is not finite reaches its
+    neighbours alone.
     """
 
     def __init__(self, features: Tensor, counts: list[int]) -> None:
@@ -187,13 +176,13 @@ class TritonLatticeEngine:
         lattice, other = values.new_empty(R, width), values.new_empty(R, width)
         carry = values.new_empty(chunks, width)
         _splat_kernel[(chunks,)](
-            values, factors, b.points, b.splat_weights, b.numbers, b.starts, lattice, carry,
-            R, C, start, stop, FACTORS=1 if factors is None else D1, PRECISION=self._target.float32_dot,
-            ENTRIES=entries, WIDTH=width, LANES=max(16, block), **options,
+            values, factors, b.points, b.splat_weights, b.numbers, lattice, carry, R, C, start, stop,
+            FACTORS=1 if factors is None else D1, ENTRIES=entries, WIDTH=width, LANES=block, num_warps=1,
         )  # fmt: skip
         _carry_kernel[(chunks,)](
-            b.numbers, b.starts, carry, lattice, R, ENTRIES=entries, CARRIES=CARRIES, WIDTH=width, LANES=block
-        )
+            b.numbers, b.starts, carry, lattice, R, ENTRIES=entries, CARRIES=CARRIES, WIDTH=width, LANES=block,
+            num_warps=1,
+        )  # fmt: skip
         programs = (programs_over(R, vertices, values),)
         for axis in reversed(range(D1)) if transpose else range(D1):
             _blur_kernel[programs](
@@ -244,23 +233,32 @@ def _width(columns: int) -> int:
 
 
 def _options(config: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return {"num_warps": config["num_warps"]}
+
+
+@triton.jit
+def _same_vertex(number, total, next_number, next_total):
+    """Joins two neighbouring runs of sorted entries: the number of the last vertex, and what it has in both."""
+    return next_number, next_total + tl.where(number == next_number, total, 0.0)
 
 
 @triton.jit(do_not_specialize=["R", "start", "stop"])
 def _splat_kernel(
     values, factors,  # (P, C), (P, FACTORS) or None
-    points, weights, numbers, starts,  # Built: points, splat_weights, numbers, starts
+    points, weights, numbers,  # Built: points, splat_weights, numbers
     lattice, carry,  # (R, WIDTH), (chunks, WIDTH)
-    R, C, start, stop, FACTORS: tl.constexpr, PRECISION: tl.constexpr,
-    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+    R, C, start, stop, FACTORS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program sums one chunk of the sorted entries; column q is channel start + q // FACTORS times a factor."""
     chunk = tl.program_id(0)
     e = chunk * ENTRIES + tl.arange(0, ENTRIES)
     inside = e < R
     number = tl.load(numbers + e, mask=inside, other=0)
-    first = tl.load(numbers + chunk * ENTRIES)
+    ends = inside & (tl.load(numbers + e + 1, mask=e + 1 < R, other=0) != number)
+    ends = ends | (e == tl.minimum((chunk + 1) * ENTRIES, R) - 1)
+    earlier = tl.load(
+        numbers + chunk * ENTRIES - 1, mask=chunk > 0, other=0
+    )  # the vertex that the chunk may go on with
     point = tl.load(points + e, mask=inside, other=0).to(tl.int64)
     weight = tl.load(weights + e, mask=inside, other=0.0)
     q = tl.arange(0, LANES)
@@ -269,19 +267,11 @@ def _splat_kernel(
     v = tl.load(values + point[:, None] * C + channel[None, :], mask=used, other=0.0)  # [ENTRIES, LANES]
     if factors is not None:
         v *= tl.load(factors + point[:, None] * FACTORS + (q % FACTORS)[None, :], mask=used, other=0.0)
-    # row s sums the vertex of number first + s; unlike the weights, zeros and ones survive any splitting into parts
-    row = tl.arange(0, ENTRIES)
-    members = (row[:, None] == (number - first)[None, :]).to(tl.float32)
-    total = tl.dot(members, weight[:, None] * v, input_precision=PRECISION)
-    stored = (q < WIDTH)[None, :]
-    last = tl.max(number, 0)
-    # the first vertex may have begun in an earlier chunk
-    owned = row + (tl.load(starts + first - 1) >= chunk * ENTRIES).to(tl.int32) > 0
-    n = (first - 1 + row).to(tl.int64)
-    tl.store(lattice + n[:, None] * WIDTH + q[None, :], total, mask=stored & (owned & (first + row <= last))[:, None])
-    tl.store(
-        carry + chunk.to(tl.int64) * WIDTH + 0 * row[:, None] + q[None, :], total, mask=stored & (row == 0)[:, None]
-    )
+    everywhere = number[:, None] + tl.zeros((ENTRIES, LANES), tl.int32)
+    _, total = tl.associative_scan((everywhere, weight[:, None] * v), 0, _same_vertex)
+    row = lattice + (number - 1).to(tl.int64) * WIDTH
+    row = tl.where(number == earlier, carry + chunk.to(tl.int64) * WIDTH, row)
+    tl.store(row[:, None] + q[None, :], total, mask=ends[:, None] & (q < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -437,12 +427,10 @@ def builds(target: Target) -> Iterator[Build]:
                     continue  # the gradient of the features fills the width as well as it can
                 factors = {} if D is None else {"factors": "*fp32"}
                 types = {"values": "*fp32", **factors, "points": "*i32", "weights": "*fp32", "numbers": "*i32"}
-                types |= {"starts": "*i32", "lattice": "*fp32", "carry": "*fp32", "R": "i32", "C": "i32"}
-                types |= {"start": "i32", "stop": "i32"}
-                constants: dict[str, Any] = {"FACTORS": 1 if D is None else D + 1, "PRECISION": target.float32_dot}
-                constants |= {"ENTRIES": config["ENTRIES"], "WIDTH": width, "LANES": max(16, lanes)}
-                matrix = target.name != "sm_90" or config["ENTRIES"] >= 64  # rows that wgmma needs
-                yield Build(_splat_kernel, types, constants | _absent(types, "factors"), options, matrix)
+                types |= {"lattice": "*fp32", "carry": "*fp32", "R": "i32", "C": "i32", "start": "i32", "stop": "i32"}
+                constants: dict[str, Any] = {"FACTORS": 1 if D is None else D + 1, "ENTRIES": config["ENTRIES"]}
+                constants |= {"WIDTH": width, "LANES": lanes}
+                yield Build(_splat_kernel, types, constants | _absent(types, "factors"), {"num_warps": 1})
                 if D is not None:
                     types = {"lattice": "*fp32", **point_types, "heard": "*fp32", **factors, "total": "*fp32", **ranges}
                     constants = {"D": D, "POINTS": config["POINTS"], "WIDTH": width, "LANES": lanes}
@@ -461,7 +449,7 @@ def builds(target: Target) -> Iterator[Build]:
         for entries in sorted({config["ENTRIES"] for config in CONFIGS[target.name]}):
             types = {"numbers": "*i32", "starts": "*i32", "carry": "*fp32", "lattice": "*fp32", "R": "i32"}
             constants = {"ENTRIES": entries, "CARRIES": CARRIES, "WIDTH": width, "LANES": triton.next_power_of_2(width)}
-            yield Build(_carry_kernel, types, constants, plain)
+            yield Build(_carry_kernel, types, constants, {"num_warps": 1})
     for D in (1, 2, 3, 5, 6, 16):
         for items in ({}, {"items": "*i32"}):
             types = {**point_types, "ranks": "*i8", "neighbours": "*i32", **items, "sides": "*fp32"}
