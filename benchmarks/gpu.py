@@ -339,7 +339,7 @@ def growth(run: Run) -> dict[str, Any]:
             with memory(run.device) as used:
                 function()
             sizes.append(len(p.features))
-            seconds.append(run.clock(function)["median"])
+            seconds.append(median(run.clock.both(function)))
             held.append(used.peak)
     slope = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]) if len(sizes) > 1 else math.nan
     large = float(np.polyfit(np.log(sizes[-3:]), np.log(seconds[-3:]), 1)[0]) if len(sizes) > 3 else math.nan

@@ -52,8 +52,10 @@ def cross_entropy_part(logits: Tensor, labels: Tensor, *, ignore_index: int = 25
             f"logits (B, L, *S) and labels (B, *S) must belong together, "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
-    return total, (labels != ignore_index).sum()
+    count = (labels != ignore_index).sum()
+    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # torch's own for images adds in any order
+        logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum"), count
 
 
 def full_resolution(network: nn.Module, batch: Sequence[Tensor], *, normalize: bool = True) -> list[Part]:

@@ -121,15 +121,15 @@ LONG = Settings(
 )
 
 
-def long_run(root: Path, settings: Settings, **more) -> tuple[nn.Module, Run]:
+def long_run(root: Path, settings: Settings, *, device: str = "cpu", **more) -> tuple[nn.Module, Run]:
     """With all that a resumed run has to bring back: momentum, average, dropout, schedule, the best, half a log row."""
-    network, samples = with_crf(), read_samples(root)
+    network, samples = with_crf().to(device), read_samples(root)
     optimizer = sgd(network, crf_weights=0.05)
     plain = read_samples(root, crop=False)
     plain = Samples(plain.files[:2], CLASSES, keep=True)
     more = {
         "log": lambda text: None,
-        "validate": lambda judged: {"mean_iou": evaluate(judged, plain)["mean_iou"]},
+        "validate": lambda judged: {"mean_iou": evaluate(judged, plain, device=device)["mean_iou"]},
     } | more
     run = train(network, samples, through_crf, optimizer, poly_policy(18), settings, **more)
     return network, run
@@ -246,6 +246,16 @@ def test_a_run_that_is_done_gives_its_result_again_and_may_go_on(root, tmp_path,
     assert [row["iteration"] for row in run.history] == list(range(0, 13, 2))
     assert same(network.state_dict(), run.best["network"]) and not network.training
     assert same(outcome(*long_run(root, LONG, folder=tmp_path, resume=True))[0], uninterrupted[0])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_resumed_run_has_the_same_bits(root, tmp_path):
+    wanted = outcome(*long_run(root, LONG, device="cuda", folder=tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    long_run(root, replace(LONG, iterations=12), device="cuda", folder=parts)
+    torch.cuda.manual_seed(99)  # of the dropout, as another process would have it
+    found = outcome(*long_run(root, LONG, device="cuda", folder=parts, resume=True))
+    assert found[1:] == wanted[1:] and same(found[0], wanted[0])
 
 
 def test_a_damaged_checkpoint_costs_one_more_interval_and_nothing_else(root, tmp_path, uninterrupted):
