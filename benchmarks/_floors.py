@@ -49,7 +49,7 @@ def build_work(N: int, M: int, D: int) -> Work:
 
 
 def grid_work(N: int, C: int, theta: float) -> Work:
-    """Two passes, each value read and written once; products in float32 as for the exact engine."""
+    """Two passes, each value read and written once; products in float32 by whichever unit is faster, which is tf32."""
     radius = math.ceil(5.3 * theta)
     return {"bytes": 2 * 8.0 * N * C, "tf32": 3 * 2 * 2.0 * (2 * radius + 1) * N * C}
 

@@ -330,7 +330,7 @@ def alternatives(run: Run) -> dict[str, Any]:
 
 def growth(run: Run) -> dict[str, Any]:
     """Inference by the lattice from small pictures to large ones of the same kind, and the slope in logarithms."""
-    sizes, seconds, held = [], [], []
+    sizes, seconds, called, held = [], [], [], []
     for megapixels in run.plan.growth:
         if run.due(f"growth at {megapixels} megapixels"):
             height = round((megapixels * 1e6 * 0.75) ** 0.5)
@@ -339,11 +339,14 @@ def growth(run: Run) -> dict[str, Any]:
             with memory(run.device) as used:
                 function()
             sizes.append(len(p.features))
-            seconds.append(median(run.clock.both(function)))
+            times = run.clock.both(function)
+            seconds.append(median(times))
+            called.append(times["median"])
             held.append(used.peak)
     slope = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]) if len(sizes) > 1 else math.nan
     large = float(np.polyfit(np.log(sizes[-3:]), np.log(seconds[-3:]), 1)[0]) if len(sizes) > 3 else math.nan
-    return {"pixels": sizes, "seconds": seconds, "peak_bytes": held, "slope": slope, "slope of the largest": large}
+    slopes = {"slope": slope, "slope of the largest": large}
+    return {"pixels": sizes, "seconds": seconds, "called": called, "peak_bytes": held} | slopes
 
 
 def tuned(run: Run) -> dict[str, Any]:
@@ -360,9 +363,9 @@ def tuned(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for what, function in functions.items():
         if run.due(f"autotuning {what}"):
-            default = run.clock(function)
+            default = run.clock.both(function)
             with tune.autotuning():
-                result[what] = {"default": default, "tuned": run.clock(function)}
+                result[what] = {"default": default, "tuned": run.clock.both(function)}
     result["chosen"] = {device: dict(choices) for device, choices in tune._chosen.items()}
     return result
 
@@ -465,7 +468,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield line(f"{engine} training, gradients to all", r)
     for what, r in report.get("tuned", {}).items():
         if "tuned" in r:
-            yield f"{what}: default {1e3 * r['default']['median']:.3f}, tuned {1e3 * r['tuned']['median']:.3f}"
+            yield f"{what}: default {1e3 * median(r['default']):.3f}, tuned {1e3 * median(r['tuned']):.3f}"
     if "growth" in report:
         yield "time grows as pixels to the power {slope:.2f}".format(**report["growth"])
     if report["skipped"]:

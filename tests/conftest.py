@@ -29,7 +29,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if torch.cuda.is_available():  # what the interpreter plays elsewhere
-            if item.path.name in ("test_gpu.py", "test_gpu_exact.py", "test_gpu_lattice.py"):
+            if item.path.name in ("test_gpu.py", "test_gpu_exact.py", "test_gpu_lattice.py", "test_step.py"):
                 item.add_marker(pytest.mark.gpu)
         elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, torch sees none"))

@@ -61,10 +61,16 @@ def test_wide_items(monkeypatch):
     monkeypatch.setattr(grid, "_wide", lambda n, inner, columns: True)
     assert torch.equal(smooth(x, theta, 1), wanted)
     monkeypatch.undo()
-    for n, inner, columns in [(1000, 500_000, 64), (10**6, 700, 64), (2**24, 1, 64), (375, 10_500, 64), (500, 21, 64)]:
+    for n, inner, columns in [
+        (1000, 500_000, 256),
+        (10**6, 700, 256),
+        (2**23, 1, 256),
+        (375, 10_500, 256),
+        (500, 21, 128),
+    ]:
         last = (columns + inner - 2) // inner * n * inner + inner - 1 + (n - 1) * inner  # the farthest that can be read
         assert grid._wide(n, inner, columns) or last < 2**31
-    assert not grid._wide(2048, 1024 * 171, 64)
+    assert not grid._wide(2048, 1024 * 171, 256)
 
 
 @pytest.mark.parametrize("theta", [1e-30, 0.05, 0.08])

@@ -11,6 +11,7 @@ lattice_build = pytest.importorskip("crfnet.ops.gpu.lattice_build", reason="need
 from crfnet.ops.gpu.lattice import TritonLatticeEngine  # noqa: E402
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def draw(P: int, D: int, C: int = 3, scale: float = 2.0, seed: int = 0) -> list[Tensor]:

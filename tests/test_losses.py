@@ -189,3 +189,16 @@ def test_three_scales_of_a_network_and_its_batch():
         assert value.item() == pytest.approx(total, rel=1e-5) and divisor == count
     with pytest.raises(ValueError, match=r"labels must have 32 k \+ 1 pixels an axis"):
         multi_scale(network, (image[..., :41], labels[..., :41]))
+
+
+@pytest.mark.gpu
+def test_deterministic_algorithms_change_no_loss_on_a_gpu():
+    """Nor its gradient; torch has no such sum for images, so that pixels go one by one there."""
+    logits, labels = (tensor.cuda() for tensor in draw(2, 5, 7, 6))
+    logits.requires_grad_()
+    found, wanted = cross_entropy(logits, labels), cross_entropy(logits.detach().cpu().double(), labels.cpu())
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-6, atol=0)
+    (slope,) = torch.autograd.grad(found, logits)
+    double = logits.detach().cpu().double().requires_grad_()
+    (truth,) = torch.autograd.grad(cross_entropy(double, labels.cpu()), double)
+    torch.testing.assert_close(slope.cpu().double(), truth, rtol=1e-5, atol=1e-8)

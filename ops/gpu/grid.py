@@ -21,14 +21,14 @@ from . import on_device_of
 from .target import TARGETS, Build, Target, target_of
 from .tune import pick
 
-CONFIGS: dict[str, list[dict[str, int]]] = dict.fromkeys(
-    TARGETS,
-    [
+CONFIGS: dict[str, list[dict[str, int]]] = {
+    name: [
         {"BLOCK": 8, "BLOCK_M": 256, "num_warps": 2},
         {"BLOCK": 8, "BLOCK_M": 128, "num_warps": 1},
         {"BLOCK": 16, "BLOCK_M": 256, "num_warps": 2},
-    ],
-)
+    ]
+    for name in TARGETS
+}
 UNROLL = tl.constexpr(4)  # positions whose values are on their way at once
 MOMENTS = (0, 1, 2)  # values, their gradient to theta, and that one's; more are compiled when asked for
 

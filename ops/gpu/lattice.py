@@ -7,8 +7,8 @@ rounding. Each is one kernel that writes every number once, summed in a fixed or
 same bits. Channels go through in groups narrow enough that two copies of the lattice stay small.
 
 The splat sums over entries sorted by vertex, in chunks of equal length however many points a vertex has. A running sum
-that begins anew with every vertex adds up those of a chunk, each thread for its own channel; what a vertex has beyond
-the chunk in which it begins is carried to it by a second kernel.
+that begins anew with every vertex goes down those of a chunk, within one warp; what a vertex has beyond the chunk in
+which it begins is carried to it by a second kernel.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ MAX_WIDTH = 32  # columns of the lattice that are filtered together
 WIDTHS = (4, 8, 16, 24, 32)  # that the kernels are compiled for up to there; rows of whole 16 bytes
 CARRIES = 32  # chunks added at a time to a vertex that spans many
 
-# entries of a chunk, which one warp sums; vertices and points of a program
-CONFIGS: dict[str, list[dict[str, int]]] = dict.fromkeys(
-    TARGETS,
-    [
+# entries of a chunk; vertices and points of a program, and its warps
+CONFIGS: dict[str, list[dict[str, int]]] = {
+    name: [
         {"ENTRIES": 64, "VERTICES": 16, "POINTS": 16, "num_warps": 1},
         {"ENTRIES": 64, "VERTICES": 64, "POINTS": 32, "num_warps": 4},
         {"ENTRIES": 32, "VERTICES": 32, "POINTS": 16, "num_warps": 2},
-    ],
-)
+    ]
+    for name in TARGETS
+}
 
 
 class TritonLatticeEngine:
@@ -170,14 +170,14 @@ class TritonLatticeEngine:
         """Splat and blur channels start to stop, each times each factor: in M rows, what all points will hear."""
         b, D1 = self._built, self.dimension + 1
         R, C = b.numbers.numel(), values.shape[1]
-        block, options = triton.next_power_of_2(width), _options(config)
-        entries, vertices = config["ENTRIES"], config["VERTICES"]
+        block, entries, vertices = triton.next_power_of_2(width), config["ENTRIES"], config["VERTICES"]
         chunks = triton.cdiv(R, entries)
         lattice, other = values.new_empty(R, width), values.new_empty(R, width)
         carry = values.new_empty(chunks, width)
         _splat_kernel[(chunks,)](
             values, factors, b.points, b.splat_weights, b.numbers, lattice, carry, R, C, start, stop,
-            FACTORS=1 if factors is None else D1, ENTRIES=entries, WIDTH=width, LANES=block, num_warps=1,
+            FACTORS=1 if factors is None else D1, ENTRIES=entries, WIDTH=width, LANES=block,
+            num_warps=_splat_warps(block, self._target),
         )  # fmt: skip
         _carry_kernel[(chunks,)](
             b.numbers, b.starts, carry, lattice, R, ENTRIES=entries, CARRIES=CARRIES, WIDTH=width, LANES=block,
@@ -187,7 +187,7 @@ class TritonLatticeEngine:
         for axis in reversed(range(D1)) if transpose else range(D1):
             _blur_kernel[programs](
                 lattice, other, b.neighbours[0, axis], b.neighbours[1, axis], b.vertex_items, b.sides, b.count,
-                VERTICES=vertices, WIDTH=width, LANES=block, **options,
+                VERTICES=vertices, WIDTH=width, LANES=block, num_warps=config["num_warps"],
             )  # fmt: skip
             lattice, other = other, lattice
         return lattice
@@ -198,7 +198,7 @@ class TritonLatticeEngine:
         _slice_kernel[(triton.cdiv(P, config["POINTS"]),)](
             lattice, b.vertices, b.weights, out, P, C, start, stop,
             D=self.dimension, POINTS=config["POINTS"], WIDTH=width, LANES=triton.next_power_of_2(width),
-            **_options(config),
+            num_warps=config["num_warps"],
         )  # fmt: skip
 
     def _pull(
@@ -217,7 +217,7 @@ class TritonLatticeEngine:
         _pull_kernel[(triton.cdiv(P, config["POINTS"]),)](
             lattice, b.vertices, b.weights, heard, factors, total, P, C, start, stop,
             D=self.dimension, POINTS=config["POINTS"], WIDTH=width, LANES=triton.next_power_of_2(width),
-            **_options(config),
+            num_warps=config["num_warps"],
         )  # fmt: skip
 
 
@@ -232,8 +232,14 @@ def _width(columns: int) -> int:
     return next((width for width in WIDTHS if width >= columns), triton.cdiv(columns, 8) * 8)
 
 
-def _options(config: dict[str, int]) -> dict[str, int]:
-    return {"num_warps": config["num_warps"]}
+def _factored_width(D: int) -> int:
+    """Of the rows when the gradient of D features fills them as well as it can."""
+    return _width(max(1, MAX_WIDTH // (D + 1)) * (D + 1))
+
+
+def _splat_warps(lanes: int, target: Target) -> int:
+    """One, but for the wide rows of more features than a lattice is good for, whose registers are too many for it."""
+    return 1 if lanes <= 32 else 2 * lanes // target.warp_size
 
 
 @triton.jit
@@ -256,9 +262,8 @@ def _splat_kernel(
     number = tl.load(numbers + e, mask=inside, other=0)
     ends = inside & (tl.load(numbers + e + 1, mask=e + 1 < R, other=0) != number)
     ends = ends | (e == tl.minimum((chunk + 1) * ENTRIES, R) - 1)
-    earlier = tl.load(
-        numbers + chunk * ENTRIES - 1, mask=chunk > 0, other=0
-    )  # the vertex that the chunk may go on with
+    # the vertex of the chunk before, with which this one may go on
+    earlier = tl.load(numbers + chunk * ENTRIES - 1, mask=chunk > 0, other=0)
     point = tl.load(points + e, mask=inside, other=0).to(tl.int64)
     weight = tl.load(weights + e, mask=inside, other=0.0)
     q = tl.arange(0, LANES)
@@ -419,22 +424,14 @@ def builds(target: Target) -> Iterator[Build]:
     point_types = {"vertices": "*i32", "weights": "*fp32"}
     ranges = {"P": "i32", "C": "i32", "start": "i32", "stop": "i32"}
     for config in CONFIGS[target.name]:
-        options = _options(config)
+        options = {"num_warps": config["num_warps"]}
         for width in WIDTHS:
             lanes = triton.next_power_of_2(width)
-            for D in (None, 1, 2, 3, 5, 6, 16):  # None: values without factors
-                if D is not None and _width(max(1, MAX_WIDTH // (D + 1)) * (D + 1)) != width:
-                    continue  # the gradient of the features fills the width as well as it can
-                factors = {} if D is None else {"factors": "*fp32"}
-                types = {"values": "*fp32", **factors, "points": "*i32", "weights": "*fp32", "numbers": "*i32"}
-                types |= {"lattice": "*fp32", "carry": "*fp32", "R": "i32", "C": "i32", "start": "i32", "stop": "i32"}
-                constants: dict[str, Any] = {"FACTORS": 1 if D is None else D + 1, "ENTRIES": config["ENTRIES"]}
-                constants |= {"WIDTH": width, "LANES": lanes}
-                yield Build(_splat_kernel, types, constants | _absent(types, "factors"), {"num_warps": 1})
-                if D is not None:
-                    types = {"lattice": "*fp32", **point_types, "heard": "*fp32", **factors, "total": "*fp32", **ranges}
-                    constants = {"D": D, "POINTS": config["POINTS"], "WIDTH": width, "LANES": lanes}
-                    yield Build(_pull_kernel, types, constants, options)
+            for D in (1, 2, 3, 5, 6, 16):
+                if _factored_width(D) == width:
+                    types = {"lattice": "*fp32", **point_types, "heard": "*fp32", "factors": "*fp32", "total": "*fp32"}
+                    constants: dict[str, Any] = {"D": D, "POINTS": config["POINTS"], "WIDTH": width, "LANES": lanes}
+                    yield Build(_pull_kernel, types | ranges, constants, options)
             for D in (1, 2, 3, 5, 6, 16):
                 types = {"lattice": "*fp32", **point_types, "out": "*fp32", **ranges}
                 constants = {"D": D, "POINTS": config["POINTS"], "WIDTH": width, "LANES": lanes}
@@ -444,15 +441,20 @@ def builds(target: Target) -> Iterator[Build]:
                 types |= {"sides": "*fp32", "count": "*i32"}
                 constants = {"VERTICES": config["VERTICES"], "WIDTH": width, "LANES": lanes}
                 yield Build(_blur_kernel, types, constants | _absent(types, "vertex_items"), options)
-    plain = {"num_warps": 4, "num_stages": 3}  # Triton's defaults
     for width in WIDTHS:
+        lanes = triton.next_power_of_2(width)
         for entries in sorted({config["ENTRIES"] for config in CONFIGS[target.name]}):
+            sizes = {"ENTRIES": entries, "WIDTH": width, "LANES": lanes}
+            for factors in (1, *(D + 1 for D in (1, 2, 3, 5, 6, 16) if _factored_width(D) == width)):
+                types = {"values": "*fp32"} | ({"factors": "*fp32"} if factors > 1 else {})
+                types |= {"points": "*i32", "weights": "*fp32", "numbers": "*i32", "lattice": "*fp32", "carry": "*fp32"}
+                types |= {"R": "i32", "C": "i32", "start": "i32", "stop": "i32"}
+                constants = {"FACTORS": factors, **sizes, **_absent(types, "factors")}
+                yield Build(_splat_kernel, types, constants, {"num_warps": _splat_warps(lanes, target)})
             types = {"numbers": "*i32", "starts": "*i32", "carry": "*fp32", "lattice": "*fp32", "R": "i32"}
-            constants = {"ENTRIES": entries, "CARRIES": CARRIES, "WIDTH": width, "LANES": triton.next_power_of_2(width)}
-            yield Build(_carry_kernel, types, constants, {"num_warps": 1})
+            yield Build(_carry_kernel, types, sizes | {"CARRIES": CARRIES}, {"num_warps": 1})
     for D in (1, 2, 3, 5, 6, 16):
         for items in ({}, {"items": "*i32"}):
             types = {**point_types, "ranks": "*i8", "neighbours": "*i32", **items, "sides": "*fp32"}
             types |= {"out": "*fp32", "P": "i32", "room": "i32", "amplitude": "fp32"}
-            constants = {"D": D, "BLOCK": BLOCK} | _absent(types, "items")
-            yield Build(_diagonal_kernel, types, constants, plain | {"num_warps": 1})
+            yield Build(_diagonal_kernel, types, {"D": D, "BLOCK": BLOCK} | _absent(types, "items"), {"num_warps": 1})

@@ -25,7 +25,7 @@ from .target import Build, Target
 MAX_ENTRIES = 2**30  # vertices of all points, R: numbers of entries and strides between them then fit 32 bits
 MAX_FEATURES = 64  # kernels are unrolled over them; a lattice of so many would not be of use anyway
 BLOCK = 128  # points, entries or vertices of a program
-PROGRAMS_PER_PROCESSOR = 16  # that walk over the vertices; each processor holds that many of 4 warps
+PROGRAMS_PER_PROCESSOR = 16  # that walk over the vertices: all a processor can hold of 4 warps each
 
 _SCALE = tl.constexpr(math.sqrt(2.0 / 3.0) / simplex.SPACING)
 _DENSE, _SLOPE = tl.constexpr(_DENSE_SIDE), tl.constexpr(SIDE_SLOPE)

@@ -63,7 +63,7 @@ class Build:
         kernel: the function under ``triton.jit``.
         types: of its run-time arguments in order, in Triton's words: "*fp32", "i32".
         constants: its compile-time arguments.
-        options: of the launch: ``num_warps``, ``num_stages``.
+        options: of the launch: ``num_warps``, and ``num_stages`` where loops are pipelined.
         matrix: whether matrix instructions are meant to be in it.
     """
 
