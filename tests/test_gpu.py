@@ -328,20 +328,31 @@ def test_other_streams(engine):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's, of products of class matrices
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what it imports
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's, of the first that it captures
 @pytest.mark.parametrize("engine", METHODS)
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_the_default_compiler_on_a_gpu(engine, mode):
+def test_the_default_compiler_on_a_gpu(engine):
     crf, logits, image = layer(engine=engine)
     logits.requires_grad_()
-    compiled = torch.compile(crf, fullgraph=True, mode=mode)
-    with torch.no_grad():
-        wanted = crf(logits, image).softmax(1)
+    compiled = torch.compile(crf, fullgraph=True)
     for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graphs' memory is no longer needed
         out = compiled(logits, image)
-        torch.testing.assert_close(out.softmax(1), wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(out.softmax(1), crf(logits, image).softmax(1), rtol=1e-3, atol=1e-3)
         out.square().sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's, of the first that it captures
+@pytest.mark.parametrize("engine", METHODS)
+def test_the_compiler_s_own_cuda_graphs(engine):
+    """Inference alone: torch 2.11 takes what it kept for backward as overwritten, and says so."""
+    crf, logits, image = layer(engine=engine)
+    compiled = torch.compile(crf, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            logits, image = logits.flip(2), image.flip(3)
+            out = compiled(logits, image).softmax(1)
+            torch.testing.assert_close(out, crf(logits, image).softmax(1), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
