@@ -91,14 +91,18 @@ class Search:
 
     @property
     def parameters(self) -> Parameters:
-        """The parameters to use: those of the best trial.
+        """The parameters to use: those of the best trial, or where no CRF is best those of `middle`.
 
-        Where no CRF is best, the bandwidths in the middle of the coarse grid (geometric means) with both weights zero:
-        the labels are the DCNN's, and a training may still start from there. The best CRF has none to start with then,
-        as the search has crept towards where a CRF does nothing.
+        The best CRF has none to start a training with then, as the search has crept towards where a CRF does nothing.
         """
-        if self.best != self.without_crf:
-            return self.best.parameters
+        return self.middle if self.best == self.without_crf else self.best.parameters
+
+    @property
+    def middle(self) -> Parameters:
+        """The bandwidths in the middle of the coarse grid (geometric means) with both weights zero.
+
+        The labels are the DCNN's, and a training may start from there.
+        """
         coarse = np.array([astuple(trial.parameters) for trial in self.table[1:] if trial.round == 0])
         middle = _rounded(np.exp(np.log(coarse).mean(0)))
         return replace(middle, bilateral_weight=0.0, spatial_weight=0.0)

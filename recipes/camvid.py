@@ -156,10 +156,10 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     )
     add("piecewise", piecewise)
 
-    # 3. from there by gradient, with one recipe for every row: the CRF alone, the DCNN alone, or both
-    def fine_tune(row: str, network: nn.Module) -> None:
+    # 3. by gradient, with one recipe for every row: the CRF alone, the DCNN alone, or both
+    def fine_tune(folder: str, network: nn.Module) -> float:  # its score on the held-out frames
         torch.manual_seed(config.seed)
-        train(
+        run = train(
             network,
             read(files, transform=Crop(config.joint_crop)),
             through_crf if isinstance(network, WithCRF) else full_resolution,
@@ -171,16 +171,27 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             ),
             poly_policy(config.joint_iterations, warm_up=config.joint_iterations // 20),
             finer,
-            folder=out / row, resume=config.resume, progress=bar(row),
+            folder=out / folder, resume=config.resume, progress=bar(folder),
             validate=lambda judged: judge(judged) | {"train_iou": evaluate(judged, guards, device=device)["mean_iou"]},
         )  # fmt: skip
-        add(row, network)
+        assert run.best is not None  # `finer` selects
+        return float(run.best["score"])
 
-    # where the search prefers no CRF the weights start from 0, with the DCNN's labels
-    crf = DenseCRF(L, **asdict(found.parameters), num_iterations=5, num_iterations_eval=10).to(device)
-    fine_tune("gradient", WithCRF(copy.deepcopy(dcnn), crf, frozen=True))  # crf learns, and joint goes on from it
-    fine_tune("tuned", copy.deepcopy(dcnn))
-    fine_tune("joint", WithCRF(copy.deepcopy(dcnn), copy.deepcopy(crf)))
+    # from the CRF that the search prefers, and from none at the middle of its grid, since near DCNN's labels the search
+    # likes narrow kernels, which learn little; joint goes on from the better of the two
+    learnt = []
+    for folder, parameters in {"gradient": found.parameters, "gradient_from_none": found.middle}.items():
+        if folder == "gradient" or parameters != found.parameters:
+            crf = DenseCRF(L, **asdict(parameters), num_iterations=5, num_iterations_eval=10).to(device)
+            network = WithCRF(copy.deepcopy(dcnn), crf, frozen=True)
+            learnt.append((fine_tune(folder, network), network, crf))
+    _, gradient, crf = max(learnt, key=lambda one: one[0])
+    add("gradient", gradient)
+    tuned, joint = copy.deepcopy(dcnn), WithCRF(copy.deepcopy(dcnn), copy.deepcopy(crf))
+    fine_tune("tuned", tuned)
+    add("tuned", tuned)
+    fine_tune("joint", joint)
+    add("joint", joint)
     report.write()
     return report.scores
 
