@@ -177,17 +177,17 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         assert run.best is not None  # `finer` selects
         return float(run.best["score"])
 
-    # from the CRF that the search prefers, and from none at the middle of its grid, since near DCNN's labels the search
-    # likes narrow kernels, which learn little; joint goes on from the better of the two
+    # from the CRF that the search prefers, and from none at the middle of its grid, since here the search
+    # likes narrow kernels, from which little is learnt; joint goes on from the better of the two
     learnt = []
     for folder, parameters in {"gradient": found.parameters, "gradient_from_none": found.middle}.items():
         if folder == "gradient" or parameters != found.parameters:
             crf = DenseCRF(L, **asdict(parameters), num_iterations=5, num_iterations_eval=10).to(device)
             network = WithCRF(copy.deepcopy(dcnn), crf, frozen=True)
-            learnt.append((fine_tune(folder, network), network, crf))
-    _, gradient, crf = max(learnt, key=lambda one: one[0])
+            learnt.append((fine_tune(folder, network), network))
+    _, gradient = max(learnt, key=lambda one: one[0])
     add("gradient", gradient)
-    tuned, joint = copy.deepcopy(dcnn), WithCRF(copy.deepcopy(dcnn), copy.deepcopy(crf))
+    tuned, joint = copy.deepcopy(dcnn), WithCRF(copy.deepcopy(dcnn), copy.deepcopy(gradient.crf))
     fine_tune("tuned", tuned)
     add("tuned", tuned)
     fine_tune("joint", joint)
